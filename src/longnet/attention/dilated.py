@@ -1,0 +1,217 @@
+"""`dilated_attention`: the public contract, the checks of its arguments, the choice of path, one autograd boundary."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet.attention import fused, strided
+from longnet.attention.reference import dilated_attention_reference
+from longnet.patterns import DilatedPattern
+from longnet.shapes import Keys, Lengths, LogSumExp, Queries
+
+Impl = Literal["triton", "strided", "reference"]
+
+
+class AttentionOutput(NamedTuple):
+    """out (B, Nq, H, D) in the dtype of q; lse (B, H, Nq), the natural log of the softmax denominator."""
+
+    out: Queries
+    lse: LogSumExp
+
+
+def dilated_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    pattern: DilatedPattern,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Lengths | None = None,
+    start: int = 0,
+    impl: Impl | None = None,
+) -> AttentionOutput:
+    """Dilated attention (LongNet, arXiv 2307.02486, equations 3-15), exact, with gradients through out and lse.
+
+    out_t = sum_u p_tu v_u with p = softmax_u(scale q_t . k_u + log n_tu), where n_tu is the number of branches of `pattern`
+    in which token t sees token u: one softmax over the multiset union of all branches' keys. This equals mixing branch
+    outputs by their softmax denominators (equations 9-10); nothing is detached from the gradient.
+
+    Args:
+        q: (B, Nq, H, D). Causal queries may be fewer than the keys: they are then the last Nq tokens.
+        k, v: (B, N, K, D), H a multiple of K; query head h reads key head h // (H / K).
+        pattern: who sees whom.
+        causal: a token sees no later token.
+        scale: factor on q.k; 1 / sqrt(D) if None.
+        lengths: (B,) integers; tokens at or beyond a sequence's length are no keys, and as queries give out 0, lse -inf.
+        start: global position of k[:, 0]; the pattern is laid over global positions.
+        impl: None picks the best path (`explain` says which and why); "triton", "strided", "reference" obey or raise.
+
+    Returns:
+        AttentionOutput(out, lse).
+
+    Raises:
+        ValueError: arguments that do not fit together, or an `impl` that cannot run here, with the reason.
+
+    Example:
+        >>> import torch
+        >>> q = k = v = torch.randn(1, 100, 4, 16)
+        >>> dilated_attention(q, k, v, DilatedPattern((16, 128), (1, 8))).out.shape
+        torch.Size([1, 100, 4, 16])
+    """
+    _check(q, k, v, pattern, causal, lengths, start, impl)
+    chosen, reason = _choose(q, k, v, pattern, lengths)
+    if impl is not None and impl != chosen:
+        reason = _unsupported(impl, q, k, v, pattern)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run here: {reason}; leave impl=None to use {chosen!r}")
+        chosen = impl
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if chosen == "reference":
+        return AttentionOutput(*dilated_attention_reference(q, k, v, pattern, causal, scale, lengths, start))
+    spec = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
+    return AttentionOutput(*_forward(q, k, v, lengths, *spec, causal, scale, start, chosen))
+
+
+def explain(q: Queries, k: Keys, v: Keys, pattern: DilatedPattern, *, lengths: Lengths | None = None) -> str:
+    """Which path `dilated_attention` takes for these tensors, and for every path why it can or cannot run."""
+    chosen, reason = _choose(q, k, v, pattern, lengths)
+    lines = [f"dilated_attention takes impl={chosen!r}: {reason}"]
+    for impl in ("triton", "strided", "reference"):
+        lines.append(f"  {impl}: {_unsupported(impl, q, k, v, pattern) or 'can run'}")
+    return "\n".join(lines)
+
+
+def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern) -> str | None:
+    if impl == "triton":
+        return fused.unsupported(q, k, v, pattern)
+    return strided.unsupported(q, k, v) if impl == "strided" else None
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, lengths: Tensor | None) -> tuple[str, str]:
+    """(path, why): cuDNN over strided views where it was measured fastest, Triton on other GPUs, the library on CPU."""
+    no_strided = strided.unsupported(q, k, v)
+    if q.device.type != "cuda":
+        return ("strided", "library attention over strided views") if no_strided is None else ("reference", no_strided)
+    no_triton = fused.unsupported(q, k, v, pattern)
+    if no_strided is None and lengths is None and q.shape[1] == k.shape[1] and strided.has_cudnn(q):
+        return "strided", "cuDNN over strided views is the fastest measured path on this GPU"
+    if no_triton is None:
+        return "triton", "fused kernels over strides" + (f" (strided: {no_strided})" if no_strided else "")
+    return ("strided", f"triton: {no_triton}") if no_strided is None else ("reference", f"{no_triton}; {no_strided}")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    causal: bool,
+    lengths: Tensor | None,
+    start: int,
+    impl: str | None,
+) -> None:
+    if not isinstance(pattern, DilatedPattern):
+        raise ValueError(f"pattern: expected a DilatedPattern; got {type(pattern).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (batch, tokens, heads, width); got shape {tuple(x.shape)}")
+        if x.dtype != q.dtype or not x.is_floating_point():
+            raise ValueError(f"{name}: expected the floating dtype of q, k and v to agree; got {x.dtype}, q is {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} like q; got {x.device}; move it with .to()")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"expected k and v (B, N, K, D) with the B and D of q; got q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}"
+        )
+    if min(q.shape[1:]) < 1 or min(k.shape[1:]) < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"expected at least one token and H a multiple of K; got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    if q.shape[1] > k.shape[1] or (not causal and q.shape[1] != k.shape[1]):
+        raise ValueError(
+            f"expected as many queries as keys (causal: at most as many, the last tokens); got {q.shape[1]} queries, "
+            f"{k.shape[1]} keys, causal={causal}"
+        )
+    if start < 0:
+        raise ValueError(f"start: expected a position >= 0; got {start}")
+    if impl not in (None, "triton", "strided", "reference"):
+        raise ValueError(f"impl: expected None, 'triton', 'strided' or 'reference'; got {impl!r}")
+    if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.is_floating_point()):
+        raise ValueError(f"lengths: expected {q.shape[0]} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}")
+
+
+@torch.library.custom_op("longnet::dilated_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    head_offsets: str,
+    causal: bool,
+    scale: float,
+    start: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)  # type: ignore[arg-type]
+    path: Any = fused if impl == "triton" else strided
+    return path.forward(q, k, v, lengths, pattern, causal, scale, start)
+
+
+@torch.library.custom_op("longnet::dilated_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    head_offsets: str,
+    causal: bool,
+    scale: float,
+    start: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)  # type: ignore[arg-type]
+    path: Any = fused if impl == "triton" else strided
+    return path.backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)
+
+
+@_forward.register_fake
+def _(q, k, v, lengths, segment_lengths, dilation_rates, head_offsets, causal, scale, start, impl):
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, num_queries, num_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_queries), dtype=statistics)
+
+
+@_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, *spec):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, lengths, *ctx.spec = inputs
+    # One boundary around all branches: what is saved does not grow with their number.
+    ctx.save_for_backward(q, k, v, lengths, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx, dout, dlse):
+    q, k, v, lengths, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    gradients = _backward(dout, dlse, q, k, v, out, lse, lengths, *ctx.spec)
+    return (*gradients, *[None] * 8)
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,423 @@
+"""Dilated attention by library attention over strided views: no gather, no padding. CPU, and any GPU torch attends on.
+
+Row m of segment g at offset s is token g w + s + m r, so the rows of equal segments are one strided view of q, k and v.
+Causality inside a branch is plain causality among its rows. Every library call yields a partial softmax, merged by its
+log-sum-exp; the backward calls get the merged output and log-sum-exp, which makes their gradients those of the mixture.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet.attention.merge import merge
+from longnet.patterns import DilatedPattern
+
+aten = torch.ops.aten
+
+# Rows of temporary gradients held at once, as a share of all rows: bounds memory, costs one more pass over this share.
+BACKWARD_SHARE = 0.5
+
+
+class Rows(NamedTuple):
+    """Rows of one head in one segment: `count` tokens first, first + r, ..."""
+
+    first: int
+    count: int
+
+
+class Piece(NamedTuple):
+    """One family of library calls: equal segments x heads that are evenly spaced in memory, with equally many rows."""
+
+    rate: int
+    period: int  # tokens from one segment to the next
+    segments: int
+    head: int
+    head_step: int
+    heads: int
+    key_head: int
+    key_head_step: int  # 0: one key head serves all
+    shift: int  # tokens by which the next head's rows start later
+    queries: Rows
+    keys: Rows
+    causal: bool
+
+
+class Span(NamedTuple):
+    """`segments` equal segments of length w: local token ranges of the first, relative to the window's first key."""
+
+    origin: int  # local index of the segment's own first token; negative when it began before the window
+    segments: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    causal: bool
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why library attention cannot take these tensors, or None."""
+    if q.device.type == "cpu":
+        return None
+    if q.device.type != "cuda":
+        return f"no library attention that returns its log-sum-exp is known for device {q.device.type!r}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"library attention on CUDA takes float16 or bfloat16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"library attention on CUDA takes head widths that are multiples of 8 up to 128, not {q.shape[-1]}"
+    return None
+
+
+def has_cudnn(q: Tensor) -> bool:
+    """Whether cuDNN's attention runs at its Hopper rate here."""
+    return torch.cuda.get_device_capability(q.device)[0] >= 9 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    pattern: DilatedPattern,
+    causal: bool,
+    scale: float,
+    start: int,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Nq, H, D), lse (B, H, Nq); arguments as in `dilated_attention`, already checked."""
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    if lengths is not None:
+        return _per_sequence_forward(q, k, v, lengths, pattern, causal, scale, start)
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    num_queries, num_heads = q.shape[1:3]
+    # CPU merges in fp32 and rounds once; on GPU the merge kernel rounds a row once per branch it lies in (2 on average).
+    keep = q.dtype if q.is_cuda else statistics
+    out = lse = None
+    for piece in plan(pattern, num_heads, k.shape[2], k.shape[1], num_queries, start, causal):
+        for call in _calls(piece, q, k):
+            views = [x.flatten(0, 1) for x in (_queries(q, call), _keys(k, call), _keys(v, call))]
+            partial, partial_lse = _attend(*views, piece.causal, scale)
+            partial = partial.unflatten(0, (call.sequences, call.segments))
+            partial_lse = partial_lse.unflatten(0, (call.sequences, call.segments))
+            if out is None or lse is None:
+                if _covers_all(call, q) and keep == q.dtype:
+                    out = partial.permute(0, 1, 3, 2, 4).reshape(q.shape)
+                    lse = partial_lse.permute(0, 2, 1, 3).reshape(q.shape[0], num_heads, num_queries).contiguous()
+                    continue
+                out = torch.zeros(q.shape, dtype=keep, device=q.device)
+                shape = (q.shape[0], num_heads, num_queries)
+                lse = torch.full(shape, -torch.inf, dtype=statistics, device=q.device)
+            _merge_rows(_queries(out, call), _statistics(lse, call), partial, partial_lse)
+    assert out is not None and lse is not None, "a pattern with rate 1 covers every token"
+    return out.to(q.dtype), lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    pattern: DilatedPattern,
+    causal: bool,
+    scale: float,
+    start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv). Per branch the library's flash backward, fed with the merged out and lse."""
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    if lengths is not None:
+        return _per_sequence_backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)
+    width = q.shape[-1]
+    if dlse is not None:
+        q, k, v, out, dout = _fold_lse_gradient(q, k, v, out, dout, dlse)
+    dout, out = dout.contiguous(), out.contiguous()
+    keep = q.dtype if q.is_cuda or q.dtype == torch.float64 else torch.float32
+    gradients: list[Tensor] | None = None
+    for piece in plan(pattern, q.shape[2], k.shape[2], k.shape[1], q.shape[1], start, causal):
+        share = 1.0 if gradients is None else BACKWARD_SHARE
+        for call in _calls(piece, q, k, share):
+            views = [*(_queries(x, call) for x in (dout, q, out)), *(_keys(x, call) for x in (k, v))]
+            statistics = _statistics(lse, call).flatten(0, 1).contiguous()
+            grads = _attend_backward(*(x.flatten(0, 1) for x in views), statistics, piece.causal, scale)
+            grads = [g.unflatten(0, (call.sequences, call.segments)) for g in grads]
+            if gradients is None:
+                if keep == q.dtype and _covers_all(call, q) and _covers_all(call, k) and q.shape == k.shape:
+                    gradients = [g.permute(0, 1, 3, 2, 4).reshape(q.shape) for g in grads]
+                    continue
+                gradients = [torch.zeros(x.shape, dtype=keep, device=x.device) for x in (q, k, v)]
+            _queries(gradients[0], call).add_(grads[0])
+            for total, grad in zip(gradients[1:], grads[1:], strict=True):
+                target = _keys(total, call)
+                if target.shape[2] < grad.shape[2]:
+                    grad = grad.sum(2, keepdim=True, dtype=torch.promote_types(keep, torch.float32))
+                target.add_(grad)
+    assert gradients is not None
+    dq, dk, dv = (g[..., :width].to(q.dtype) for g in gradients)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    pattern: DilatedPattern,
+    num_heads: int,
+    num_key_heads: int,
+    num_keys: int,
+    num_queries: int,
+    start: int,
+    causal: bool,
+) -> tuple[Piece, ...]:
+    """The library calls that make up dilated attention, dense branches first."""
+    pieces = []
+    for w, r in sorted(pattern.branches, key=lambda branch: branch[1]):
+        for span in _spans(w, num_keys, num_queries, start, causal):
+            heads = []
+            for h in range(num_heads):
+                s = pattern.offset(h, r, num_heads)
+                queries, keys = _rows(span.origin, s, r, *span.queries), _rows(span.origin, s, r, *span.keys)
+                if queries.count and keys.count:
+                    queries = queries._replace(first=queries.first - (num_keys - num_queries))
+                    heads.append((h, h // (num_heads // num_key_heads), queries, keys))
+            # Heads of one offset together, or one head of every offset: whichever takes fewer calls.
+            orders = (_runs(heads), _runs(sorted(heads, key=lambda x: (x[2].first % r, x[0]))))
+            for run in min(orders, key=len):
+                pieces.append(_piece(run, span, w, r))
+    return tuple(pieces)
+
+
+def _spans(w: int, num_keys: int, num_queries: int, start: int, causal: bool) -> list[Span]:
+    """Segments of one branch that hold queries, grouped so that all segments of a span look alike."""
+    first = num_keys - num_queries
+    spans = []
+
+    def partial(origin: int) -> None:
+        begin, end = max(0, origin), min(num_keys, origin + w)
+        query = max(begin, first)
+        if causal and begin < query:
+            spans.append(Span(origin, 1, (query, end), (begin, query), False))
+        spans.append(Span(origin, 1, (query, end), (query if causal else begin, end), causal))
+
+    segment = (start + first) // w
+    if segment * w < start + first:
+        partial(segment * w - start)
+        segment += 1
+    full = (start + num_keys) // w - segment
+    origin = segment * w - start
+    if full > 0:
+        spans.append(Span(origin, full, (origin, origin + w), (origin, origin + w), causal))
+        origin += full * w
+    if origin < num_keys and full >= 0:
+        partial(origin)
+    return spans
+
+
+def _rows(origin: int, offset: int, rate: int, begin: int, end: int) -> Rows:
+    first = origin + offset
+    if first < begin:
+        first += -(-(begin - first) // rate) * rate
+    return Rows(first, max(0, -(-(end - first) // rate)))
+
+
+def _runs(heads: list) -> list[list]:
+    """Cut a list of (head, key head, queries, keys) into runs in which all four advance evenly."""
+    runs: list[list] = []
+    steps = None
+    for head in heads:
+        if runs:
+            last = runs[-1][-1]
+            step = (head[0] - last[0], head[1] - last[1], head[2].first - last[2].first)
+            even = step[2] == head[3].first - last[3].first
+            even = even and (head[2].count, head[3].count) == (last[2].count, last[3].count)
+            if even and step[0] > 0 and step[1] >= 0 and (len(runs[-1]) == 1 or step == steps):
+                runs[-1].append(head)
+                steps = step
+                continue
+        runs.append([head])
+        steps = None
+    return runs
+
+
+def _piece(run: list, span: Span, w: int, r: int) -> Piece:
+    (h, kh, queries, keys), second = run[0], run[1] if len(run) > 1 else None
+    steps = (second[0] - h, second[1] - kh, second[2].first - queries.first) if second else (1, 0, 0)
+    return Piece(r, w, span.segments, h, steps[0], len(run), kh, steps[1], steps[2], queries, keys, span.causal)
+
+
+class Call(NamedTuple):
+    """One library call: a piece restricted to some sequences and some of its segments."""
+
+    piece: Piece
+    sequence: int
+    sequences: int
+    segment: int
+    segments: int
+
+
+def _calls(piece: Piece, q: Tensor, k: Tensor, share: float = 1.0) -> list[Call]:
+    """Library attention has one batch dimension: fold sequences and segments into it, or walk over the fewer of the two."""
+    batch = q.shape[0]
+    whole = piece.segments * piece.period
+    fold = all(x.shape[1] == whole and x.stride(0) == whole * x.stride(1) for x in (q, k))
+    if piece.segments == 1 or (fold and share >= 1):
+        return [Call(piece, 0, batch, 0, piece.segments)]
+    if batch > piece.segments:
+        return [Call(piece, 0, batch, g, 1) for g in range(piece.segments)]
+    size = max(1, int(piece.segments * share))
+    return [
+        Call(piece, b, 1, g, min(size, piece.segments - g))
+        for b in range(batch)
+        for g in range(0, piece.segments, size)
+    ]
+
+
+def _view(x: Tensor, call: Call, rows: Rows, head: int, heads: int, head_step: int, shift: int) -> Tensor:
+    """(sequences, segments, heads, rows, D) view of x (B, N, heads, D). Only indices: no element is copied."""
+    piece = call.piece
+    sb, sn, sh, sd = x.stride()
+    token = rows.first + call.segment * piece.period
+    return x.as_strided(
+        (call.sequences, call.segments, heads, rows.count, x.shape[3]),
+        (sb, piece.period * sn, head_step * sh + shift * sn, piece.rate * sn, sd),
+        x.storage_offset() + call.sequence * sb + token * sn + head * sh,
+    )
+
+
+def _queries(x: Tensor, call: Call) -> Tensor:
+    piece = call.piece
+    return _view(x, call, piece.queries, piece.head, piece.heads, piece.head_step, piece.shift)
+
+
+def _keys(x: Tensor, call: Call) -> Tensor:
+    """As `_queries`, with one head where one key head serves them all."""
+    piece = call.piece
+    shared = piece.key_head_step == 0 and piece.shift == 0
+    heads = 1 if shared else piece.heads
+    return _view(x, call, piece.keys, piece.key_head, heads, piece.key_head_step, piece.shift)
+
+
+def _statistics(lse: Tensor, call: Call) -> Tensor:
+    """(sequences, segments, heads, rows) view of lse (B, H, Nq)."""
+    return _queries(lse.transpose(1, 2)[..., None], call)[..., 0]
+
+
+def _covers_all(call: Call, q: Tensor) -> bool:
+    """Whether the call's queries are all of q in order, so that its result can be taken over without a copy."""
+    piece = call.piece
+    in_order = piece.rate == 1 and piece.heads == q.shape[2] and piece.queries.first == 0
+    every = call.sequences == q.shape[0] and call.segments * piece.queries.count == q.shape[1]
+    return in_order and every
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Library attention of (X, heads, rows, D) views -> out (X, heads, rows, D), lse (X, heads, rows)."""
+    if not q.is_cuda:
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1), 0.0, causal, scale=scale
+        )
+    if _cudnn_takes(q, k):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        return out, lse.reshape(q.shape[:3])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+    )
+    return out.transpose(1, 2), lse
+
+
+def _attend_backward(
+    dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Library backward with the given out and lse; dk and dv have one head per query head, or the heads of k."""
+    if not q.is_cuda:
+        k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+    if _cudnn_takes(q, k):
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal,
+            scale=scale,
+        )  # fmt: skip
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    grads = aten._flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, state, state, scale=scale
+    )
+    return tuple(g.transpose(1, 2) for g in grads)
+
+
+def _cudnn_takes(q: Tensor, k: Tensor) -> bool:
+    """cuDNN compiles a plan per shape: worth it for full segments, which recur, and not for small or ragged rests."""
+    return has_cudnn(q) and q.shape[2] == k.shape[2] and q.shape[2] % 128 == 0 and q.shape[1] % k.shape[1] == 0
+
+
+def _merge_rows(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
+    """out, lse (views) <- their merge with a partial softmax over other keys, in place."""
+    if out.is_cuda and _has_triton():
+        from longnet.kernels.merge import merge_rows
+
+        return merge_rows(out, lse, partial, partial_lse)
+    merged, merged_lse = merge(out, lse, partial, partial_lse.to(lse.dtype))
+    out.copy_(merged)
+    lse.copy_(merged_lse)
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+def _fold_lse_gradient(q, k, v, out, dout, dlse):
+    """Widen the heads so that library backward, which knows no dlse, computes it.
+
+    A further value column of ones whose output gradient is dlse adds dlse to dp = dout . v; its output column is given as
+    0, so delta = rowsum(dout * out) stays. Then ds = p (dp + dlse - delta), which is the gradient through lse.
+    """
+    extra = 8
+    q, k = (torch.nn.functional.pad(x, (0, extra)) for x in (q, k))
+    v, out = torch.nn.functional.pad(v, (0, extra)), torch.nn.functional.pad(out, (0, extra))
+    v[..., -1] = 1
+    dout = torch.nn.functional.pad(dout, (0, extra))
+    dout[..., -1] = dlse.transpose(1, 2)
+    return q, k, v, out, dout
+
+
+def _valid(q: Tensor, k: Tensor, lengths: Tensor) -> list[tuple[slice, slice, slice]]:
+    """(sequence, valid queries, valid keys) of every sequence that has any."""
+    rest = k.shape[1] - q.shape[1]
+    return [
+        (slice(b, b + 1), slice(0, n - rest), slice(0, n))
+        for b, n in enumerate(min(int(n), k.shape[1]) for n in lengths.tolist())
+        if n > rest
+    ]
+
+
+def _per_sequence_forward(q, k, v, lengths, *spec):
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    shape = (q.shape[0], q.shape[2], q.shape[1])
+    lse = torch.full(shape, -torch.inf, dtype=statistics, device=q.device)
+    for b, queries, keys in _valid(q, k, lengths):
+        out[b, queries], lse[b, :, queries] = forward(q[b, queries], k[b, keys], v[b, keys], None, *spec)
+    return out, lse
+
+
+def _per_sequence_backward(dout, dlse, q, k, v, out, lse, lengths, *spec):
+    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    for b, queries, keys in _valid(q, k, lengths):
+        part = backward(
+            dout[b, queries], None if dlse is None else dlse[b, :, queries], q[b, queries], k[b, keys], v[b, keys],
+            out[b, queries], lse[b, :, queries], None, *spec,
+        )  # fmt: skip
+        grads[0][b, queries], grads[1][b, keys], grads[2][b, keys] = part
+    return tuple(grads)

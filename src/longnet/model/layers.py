@@ -1,0 +1,131 @@
+"""The parts of a LongNet layer: rotary angles, attention, SwiGLU."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from longnet.attention.dilated import dilated_attention
+
+if TYPE_CHECKING:
+    from longnet.model.cache import LongNetCache
+    from longnet.model.config import LongNetConfig
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i / D), i < D / 2, in fp32.
+
+    The product is formed and reduced modulo 2 pi in float64: in fp32, position 1e9 would be off by up to 64 radians.
+
+    Args:
+        positions: (B or 1, N) int64.
+
+    Returns:
+        (cos, sin), each (B or 1, N, 1, D / 2).
+    """
+    device = positions.device
+    if device.type == "mps":  # has no float64
+        positions = positions.cpu()
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    inverse = torch.exp(exponents * (-math.log(theta) / head_dim))
+    angles = positions.to(torch.float64)[..., None] * inverse
+    angles = torch.remainder(angles, 2 * math.pi).to(torch.float32).to(device)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) by their angle, in at least fp32, rounded once to `dtype`. x (B, N, H, D)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(dtype)
+
+
+class LongNetAttention(nn.Module):
+    """Dilated grouped-query attention with RMS-normed, rotary-turned queries and keys.
+
+    (B, N, hidden) -> (B, N, hidden). With a cache, the N tokens continue what the cache has read.
+    """
+
+    def __init__(self, config: LongNetConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.pattern = config.pattern()
+        self.causal = not config.bidirectional
+        self.impl = config.attention_impl
+        width = (self.heads + 2 * self.key_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lengths: Tensor | None = None,
+        cache: LongNetCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
+        # Under autocast the norms return fp32; the attention wants one dtype.
+        q = apply_rotary(self.q_norm(q), rotary, v.dtype)
+        k = apply_rotary(self.k_norm(k), rotary, v.dtype)
+        if cache is not None:
+            out = cache.attend(self.layer_index, q, k, v, lengths)
+        else:
+            out = dilated_attention(
+                q,
+                k,
+                v,
+                self.pattern,
+                causal=self.causal,
+                lengths=lengths,
+                start=start,
+                impl=self.impl,
+            ).out
+        return self.o_proj(out.flatten(2))
+
+
+class LongNetMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class LongNetLayer(GradientCheckpointingLayer):
+    """h + Attention(RMSNorm(h)), then h + MLP(RMSNorm(h)). (B, N, hidden) -> (B, N, hidden)."""
+
+    def __init__(self, config: LongNetConfig, layer_index: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = LongNetAttention(config, layer_index)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LongNetMLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lengths: Tensor | None = None,
+        cache: LongNetCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        normed = self.attention_norm(hidden)
+        hidden = hidden + self.attention(normed, rotary, lengths, cache, start)
+        return hidden + self.mlp(self.mlp_norm(hidden))
