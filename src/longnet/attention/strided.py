@@ -88,6 +88,8 @@ def forward(
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     if lengths is not None:
         return _per_sequence_forward(q, k, v, lengths, pattern, causal, scale, start)
+    if q.device.type == "cpu" and not (_finite(k) and _finite(v)):
+        return _forward_around_broken_keys(q, k, v, pattern, causal, scale, start)
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     num_queries, num_heads = q.shape[1:3]
     # CPU merges in fp32 and rounds once; on GPU the merge kernel rounds a row once per branch it lies in (2 on average).
@@ -230,7 +232,7 @@ def _runs(heads: list) -> list[list]:
             step = (head[0] - last[0], head[1] - last[1], head[2].first - last[2].first)
             even = step[2] == head[3].first - last[3].first
             even = even and (head[2].count, head[3].count) == (last[2].count, last[3].count)
-            if even and step[0] > 0 and step[1] >= 0 and (len(runs[-1]) == 1 or step == steps):
+            if even and step[0] > 0 and min(step) >= 0 and (len(runs[-1]) == 1 or step == steps):
                 runs[-1].append(head)
                 steps = step
                 continue
@@ -390,6 +392,27 @@ def _fold_lse_gradient(q, k, v, out, dout, dlse):
     dout = torch.nn.functional.pad(dout, (0, extra))
     dout[..., -1] = dlse.transpose(1, 2)
     return q, k, v, out, dout
+
+
+def _finite(x: Tensor) -> bool:
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _forward_around_broken_keys(q, k, v, *spec):
+    """Forward when k or v hold NaN or infinity: exactly the (token, head)s that see such a key become NaN.
+
+    The library multiplies masked values by 0, and 0 * NaN would reach queries that cannot see the key. So broken keys are
+    blanked, and who sees one follows from uniform attention over an indicator. A CPU path: on GPU the check would stall.
+    """
+    broken_k, broken_v = (~torch.isfinite(x).all(-1, keepdim=True) for x in (k, v))
+    out, lse = forward(q, k.masked_fill(broken_k, 0), v.masked_fill(broken_v, 0), None, *spec)
+    for broken, targets in ((broken_k, (out, lse.transpose(1, 2)[..., None])), (broken_k | broken_v, (out,))):
+        indicator = broken.to(q.dtype).expand(v.shape)
+        reached = forward(torch.zeros_like(q), torch.zeros_like(k), indicator.contiguous(), None, *spec)[0] > 0
+        for target in targets:
+            target.masked_fill_(reached[..., : target.shape[-1]], torch.nan)
+    return out, lse
 
 
 def _valid(q: Tensor, k: Tensor, lengths: Tensor) -> list[tuple[slice, slice, slice]]:

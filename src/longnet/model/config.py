@@ -13,7 +13,9 @@ _MIDDLE = {"segment_lengths": [1024, 4096, 16384], "dilation_rates": [1, 4, 16]}
 _LONG = {"segment_lengths": [2048, 8192, 32768], "dilation_rates": [1, 4, 16]}
 
 
-def _size(hidden: int, inner: int, layers: int, heads: int, pattern: dict[str, Any]) -> dict[str, Any]:
+def _size(
+    hidden: int, inner: int, layers: int, heads: int, pattern: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -37,15 +39,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 class LongNetConfig(PreTrainedConfig):
     """Configuration of a LongNet decoder (or, with `bidirectional=True`, encoder).
 
-    Pre-norm layers: h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)); rotary positions; RMS-normed queries and keys.
+    Pre-norm layers: h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)); rotary positions;
+    RMS-normed queries and keys.
 
     Args:
         vocab_size: number of token ids; 260 = 4 special ids and 256 bytes.
         num_key_value_heads: None means as many as query heads; fewer is grouped-query attention.
         head_dim: None means hidden_size / num_attention_heads; must be even (rotary turns pairs).
         segment_lengths, dilation_rates, head_offsets: the `DilatedPattern`.
-        bidirectional: every token sees both directions of its segments (no cache, no causal language modelling).
-        attention_impl: None picks the best path; "triton", "strided" or "reference" obeys or raises.
+        bidirectional: every token sees both directions of its segments (no cache, no causal
+            language modelling).
+        attention_impl: None picks the best path; "triton", "strided" or "reference" obeys or
+            raises.
 
     Example:
         >>> config = LongNetConfig.preset("tiny", num_hidden_layers=2)
@@ -78,7 +83,9 @@ class LongNetConfig(PreTrainedConfig):
     attention_impl: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._require_positive("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        self._require_positive(
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
+        )
         self._require_positive("num_attention_heads")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -90,7 +97,8 @@ class LongNetConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._require_positive("num_key_value_heads", "head_dim")
-        # Lists, because JSON has no tuples: a configuration and its reloaded copy must compare equal.
+        # Lists, because JSON has no tuples: a configuration and its reloaded copy must compare
+        # equal.
         self.segment_lengths = list(self.segment_lengths)
         self.dilation_rates = list(self.dilation_rates)
         self._validate()
@@ -127,7 +135,8 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LongNetConfig:
-        """A shipped size ("tiny", "mini", "small", "base", "large", "xl"), with any field overridden."""
+        """A shipped size ("tiny", "mini", "small", "base", "large", "xl"), with any field
+        overridden."""
         if name not in PRESETS:
             raise ValueError(f"expected a preset of {', '.join(PRESETS)}; got {name!r}")
         return cls(**{**PRESETS[name], **overrides})
@@ -139,19 +148,22 @@ class LongNetConfig(PreTrainedConfig):
         )
 
     def _matrix_parameters(self) -> int:
-        """Weights of all layers that take part in a matrix product: every one costs 2 operations per token."""
+        """Weights of all layers that take part in a matrix product: every one costs 2 operations
+        per token."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads  # q, o, k, v
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
         return self.num_hidden_layers * layer
 
     def num_parameters(self) -> int:
-        """Parameters of `LongNetForCausalLM`: matrices + two norms and two head norms per layer + norm + embeddings."""
+        """Parameters of `LongNetForCausalLM`: matrices + two norms and two head norms per layer +
+        norm + embeddings."""
         norms = self.num_hidden_layers * 2 * (self.hidden_size + self.head_dim) + self.hidden_size
         tables = 1 if self.tie_word_embeddings else 2
         return self._matrix_parameters() + norms + tables * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, num_tokens: int, training: bool = True) -> float:
-        """Operations per token at sequence length N, the embedding look-up excluded, recomputation not counted.
+        """Operations per token at sequence length N, the embedding look-up excluded, recomputation
+        not counted.
 
         forward = 2 (matrices + hidden V) + layers * pattern.flops(N) / N;
         training = 3 * the first term + 3.5 * the second (the attention backward recomputes the scores).

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i / D), i < D / 2, in fp32.
 
-    The product is formed and reduced modulo 2 pi in float64: in fp32, position 1e9 would be off by up to 64 radians.
+    The product is formed and reduced modulo 2 pi in float64: in fp32, position 1e9 would be off by
+    up to 64 radians.
 
     Args:
         positions: (B or 1, N) int64.
@@ -39,7 +40,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by their angle, in at least fp32, rounded once to `dtype`. x (B, N, H, D)."""
+    """Turn the pairs (x[i], x[i + D/2]) by their angle, in at least fp32, rounded once to `dtype`.
+    x (B, N, H, D)."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
