@@ -1,4 +1,4 @@
-"""LongNetConfig: costs that match the model, errors that say what to do, JSON that comes back equal."""
+"""LongNetConfig: costs that match the model, errors that say what to do, equal reloads."""
 
 import pytest
 

@@ -56,8 +56,8 @@ def test_saved_model_returns_bit_equal(model, tmp_path):
 def test_residual_matrices_start_smaller():
     model = LongNetForCausalLM(LongNetConfig.preset("tiny"))
     layer = model.model.layers[0]
-    assert layer.attention.qkv_proj.weight.std() == pytest.approx(0.02, rel=0.05)
-    assert layer.mlp.down_proj.weight.std() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    assert layer.attention.qkv_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
     assert torch.equal(layer.mlp_norm.weight, torch.ones(128))
 
 
@@ -149,7 +149,7 @@ def test_token_losses_are_log_probabilities(model):
 
 def test_gradient_checkpointing_gives_equal_gradients():
     plain, saved = make().train(), make().train()
-    saved.gradient_checkpointing_enable()
+    saved.gradient_checkpointing_enable()  # the newer name is not in transformers 5.17
     ids = ids_of(2, 33)
     for model in (plain, saved):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

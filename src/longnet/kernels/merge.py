@@ -1,4 +1,4 @@
-"""Merging a partial softmax into strided rows of (out, lse), in place, in one pass over the rows."""
+"""Joining the result of one library call to strided rows of a whole tensor, in place, in one pass over the rows."""
 
 from __future__ import annotations
 
@@ -59,4 +59,39 @@ def merge_rows(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -
             out, lse, partial, partial_lse, rows, heads, segments,
             *out.stride()[:4], *lse.stride(), *partial.stride()[:4], *partial_lse.stride(),
             D=width, BD=triton.next_power_of_2(width), BM=block, num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_kernel(
+    total, part, rows, heads, segments, t0, t1, t2, t3, p0, p1, p2, p3,
+    READ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(rows, BM)
+    i_x = tl.program_id(0).to(tl.int64)
+    o_m = (i_x % tiles) * BM + tl.arange(0, BM)
+    i_h = (i_x // tiles) % heads
+    i_z = i_x // (tiles * heads)
+    i_s, i_b = i_z % segments, i_z // segments
+    o_d = tl.arange(0, BD)
+    m_md = (o_m < rows)[:, None] & (o_d < D)[None]
+    p_t = total + i_b * t0 + i_s * t1 + i_h * t2 + o_m[:, None] * t3 + o_d[None]
+    p_p = part + i_b * p0 + i_s * p1 + i_h * p2 + o_m[:, None] * p3 + o_d[None]
+    b_x = tl.load(p_p, mask=m_md, other=0.0)
+    if READ:
+        b_x = b_x.to(tl.float32) + tl.load(p_t, mask=m_md, other=0.0).to(tl.float32)
+    tl.store(p_t, b_x.to(total.dtype.element_ty), mask=m_md)
+
+
+def add_rows(total: Tensor, part: Tensor, read: bool) -> None:
+    """In place: total <- total + part (read) or part (not read). Both (sequences, segments, heads, rows, D) views."""
+    sequences, segments, heads, rows, width = total.shape
+    if part.stride(-1) != 1:
+        part = part.contiguous()
+    block = 64
+    grid = (triton.cdiv(rows, block) * heads * segments * sequences,)
+    with torch.cuda.device(total.device) if total.is_cuda else torch.no_grad():
+        _add_kernel[grid](
+            total, part, rows, heads, segments, *total.stride()[:4], *part.stride()[:4],
+            READ=read, D=width, BD=triton.next_power_of_2(width), BM=block, num_warps=4,
         )  # fmt: skip

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from longnet.patterns import DilatedPattern
+from longnet.patterns import DilatedPattern, HeadOffsets
 
 _SHORT = {"segment_lengths": [256, 1024, 4096], "dilation_rates": [1, 4, 16]}
 _MIDDLE = {"segment_lengths": [1024, 4096, 16384], "dilation_rates": [1, 4, 16]}
@@ -66,11 +66,12 @@ class LongNetConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    # None until __post_init__ has filled them in.
+    num_key_value_heads: int = None  # pyrefly: ignore
+    head_dim: int = None  # pyrefly: ignore
     segment_lengths: list[int] | tuple[int, ...] = (2048, 8192, 32768)
     dilation_rates: list[int] | tuple[int, ...] = (1, 4, 16)
-    head_offsets: str = "cyclic"
+    head_offsets: HeadOffsets = "cyclic"
     rope_theta: float | int = 10_000.0
     rms_norm_eps: float = 1e-6
     bidirectional: bool = False
@@ -80,7 +81,7 @@ class LongNetConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    attention_impl: str | None = None
+    attention_impl: Literal["triton", "strided", "reference"] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._require_positive(
@@ -92,8 +93,9 @@ class LongNetConfig(PreTrainedConfig):
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"expected hidden_size divisible by num_attention_heads; got {self.hidden_size} and"
-                    f" {self.num_attention_heads}; change one of them or give head_dim"
+                    f"expected hidden_size divisible by num_attention_heads; got"
+                    f" {self.hidden_size} and {self.num_attention_heads}; change one of them or"
+                    " give head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._require_positive("num_key_value_heads", "head_dim")
@@ -113,8 +115,9 @@ class LongNetConfig(PreTrainedConfig):
     def _validate(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"expected num_attention_heads divisible by num_key_value_heads; got {self.num_attention_heads} and"
-                f" {self.num_key_value_heads}; choose a divisor of {self.num_attention_heads}"
+                f"expected num_attention_heads divisible by num_key_value_heads; got"
+                f" {self.num_attention_heads} and {self.num_key_value_heads}; choose a divisor of"
+                f" {self.num_attention_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"expected an even head_dim (rotary turns pairs); got {self.head_dim}")
@@ -129,7 +132,8 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(f"expected {name} > 0; got {value!r}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"expected pad_token_id in [0, vocab_size = {self.vocab_size}); got {self.pad_token_id}"
+                f"expected pad_token_id in [0, vocab_size = {self.vocab_size}); got"
+                f" {self.pad_token_id}"
             )
         self.pattern()  # raises for a pattern that cannot be
 
@@ -166,7 +170,7 @@ class LongNetConfig(PreTrainedConfig):
         not counted.
 
         forward = 2 (matrices + hidden V) + layers * pattern.flops(N) / N;
-        training = 3 * the first term + 3.5 * the second (the attention backward recomputes the scores).
+        training = 3 * the first term + 3.5 * the second (its backward recomputes the scores).
         """
         matrices = 2 * (self._matrix_parameters() + self.vocab_size * self.hidden_size)
         pairs = self.pattern().flops(

@@ -48,6 +48,14 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -
     return turned.to(dtype)
 
 
+class LongNetRMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast x is bf16 and the weight fp32; unequal dtypes would miss the fused kernel.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class LongNetAttention(nn.Module):
     """Dilated grouped-query attention with RMS-normed, rotary-turned queries and keys.
 
@@ -65,8 +73,9 @@ class LongNetAttention(nn.Module):
         width = (self.heads + 2 * self.key_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_proj.writes_residual = True  # pyrefly: ignore
+        self.q_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -78,7 +87,6 @@ class LongNetAttention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
-        # Under autocast the norms return fp32; the attention wants one dtype.
         q = apply_rotary(self.q_norm(q), rotary, v.dtype)
         k = apply_rotary(self.k_norm(k), rotary, v.dtype)
         if cache is not None:
@@ -105,6 +113,7 @@ class LongNetMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.writes_residual = True  # pyrefly: ignore
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -115,9 +124,9 @@ class LongNetLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = LongNetAttention(config, layer_index)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LongNetMLP(config)
 
     def forward(

@@ -18,8 +18,8 @@ def mask_to_span(attention_mask: Tensor, num_tokens: int) -> tuple[Tensor, Tenso
     """
     if attention_mask.dim() != 2 or attention_mask.shape[1] < num_tokens:
         raise ValueError(
-            f"expected attention_mask (B, N >= {num_tokens}) of 0 and 1; got shape {tuple(attention_mask.shape)};"
-            " LongNet takes no N x N masks"
+            f"expected attention_mask (B, N >= {num_tokens}) of 0 and 1; got shape"
+            f" {tuple(attention_mask.shape)}; LongNet takes no N x N masks"
         )
     mask = attention_mask[:, attention_mask.shape[1] - num_tokens :].bool()
     if bool(mask.all()):
@@ -29,8 +29,8 @@ def mask_to_span(attention_mask: Tensor, num_tokens: int) -> tuple[Tensor, Tenso
     block = (column >= first[:, None]) & (column < (first + lengths)[:, None])
     if not torch.equal(block, mask):
         raise ValueError(
-            "expected every row of attention_mask to be one run of 1s (padding left, right or both); got a hole;"
-            " remove the masked tokens from input_ids"
+            "expected every row of attention_mask to be one run of 1s (padding left, right or"
+            " both); got a hole; remove the masked tokens from input_ids"
         )
     return first, lengths
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from longnet.model.cache import LongNetCache
 from longnet.model.config import LongNetConfig
-from longnet.model.layers import LongNetLayer, rotary_angles
+from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
-
-if TYPE_CHECKING:
-    from longnet.model.cache import LongNetCache
 
 # Tokens whose logits exist at one time while a loss is computed: 4096 x 260 fp32 is 4 MB, 4096 x
 # 128k is 2 GB.
@@ -28,7 +26,7 @@ LOSS_CHUNK = 4096
 class LongNetPreTrainedModel(PreTrainedModel):
     """Weights, loading and saving; no forward."""
 
-    config: LongNetConfig
+    config: LongNetConfig  # pyrefly: ignore
     config_class = LongNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -39,12 +37,11 @@ class LongNetPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range); matrices that write to the residual stream 1 / sqrt(2 layers)
         smaller (GPT-2)."""
-        super()._init_weights(module)
-        if getattr(module, "writes_residual", False):
+        if isinstance(module, nn.Linear) and getattr(module, "writes_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            # Cleared, because the line above has marked the weight as done.
-            if not getattr(module.weight, "_was_loaded", False):
-                module.weight.normal_(mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
+        else:
+            super()._init_weights(module)
 
 
 class LongNetModel(LongNetPreTrainedModel):
@@ -56,7 +53,7 @@ class LongNetModel(LongNetPreTrainedModel):
         self.layers = nn.ModuleList(
             LongNetLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -86,7 +83,7 @@ class LongNetModel(LongNetPreTrainedModel):
             start: global position of the first token (without a cache).
         """
         self._check_inputs(input_ids, inputs_embeds, attention_mask, lengths, kwargs)
-        x = inputs_embeds if input_ids is None else input_ids
+        x: Any = inputs_embeds if input_ids is None else input_ids
         first = None
         if attention_mask is not None and (span := mask_to_span(attention_mask, x.shape[1])):
             first, lengths = span
@@ -100,7 +97,9 @@ class LongNetModel(LongNetPreTrainedModel):
             hidden = roll_rows(hidden, -first)
             states = states and tuple(roll_rows(state, -first) for state in states)
         output = BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=cache, hidden_states=states
+            last_hidden_state=hidden,
+            past_key_values=cache,  # pyrefly: ignore - not a transformers Cache
+            hidden_states=states,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -134,7 +133,8 @@ class LongNetModel(LongNetPreTrainedModel):
             return None
         if recomputes:
             raise ValueError(
-                "a cache cannot be used with gradient checkpointing; pass past_key_values=None or call model.eval()"
+                "a cache cannot be used with gradient checkpointing; pass past_key_values=None or"
+                " call model.eval()"
             )
         if self.config.bidirectional:
             raise ValueError("expected no cache in a bidirectional model; pass use_cache=False")
@@ -143,8 +143,6 @@ class LongNetModel(LongNetPreTrainedModel):
                 f"expected start = 0 with a cache, which knows its position; got {start}"
             )
         if cache is None:
-            from longnet.model.cache import LongNetCache
-
             cache = LongNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
         return cache
 
@@ -164,8 +162,8 @@ class LongNetModel(LongNetPreTrainedModel):
             if kwargs.get(name) is not None:
                 # Ignoring it would let packed documents read each other.
                 raise ValueError(
-                    f"{name} is not supported: positions count from the start of each row; give each document its own"
-                    " row with attention_mask or lengths"
+                    f"{name} is not supported: positions count from the start of each row; give"
+                    " each document its own row with attention_mask or lengths"
                 )
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not supported: the weights are never formed")
@@ -186,7 +184,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config.bidirectional:
             raise ValueError(
-                "expected bidirectional=False for causal language modelling; use LongNetModel for an encoder"
+                "expected bidirectional=False for causal language modelling; use LongNetModel"
+                " for an encoder"
             )
         self.model = LongNetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -299,7 +298,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyrefly: ignore - narrower types than the parent's
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
@@ -340,8 +339,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> bool:
         """Make nothing: `forward` makes a `LongNetCache` at its first call, when the batch (with
         beams) is known."""
         if (cache := model_kwargs.get("past_key_values")) is not None:
             cache._is_user_defined = True
+        return False

@@ -1,0 +1,341 @@
+"""`LongNetCache`: the state between tokens. Bounded by the pattern, never by what has been read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longnet.attention.cached import decode_attention, prefill_attention, write_rows, write_step
+
+_FORMAT = "longnet-cache-1"
+_MIN_ROWS = 64
+
+
+class LongNetCache:
+    """Keys and values that later tokens may still see: per layer and branch (B, rows, slots, D), rows <= ceil(w / r).
+
+    Buffers grow by doubling while the stream first reaches them, then stay: at most `pattern.cache_entries(H, K)` rows per
+    layer and sequence, however many tokens were read. It serves as `past_key_values` of transformers' `generate`.
+
+    Args:
+        config: anything with num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim and pattern().
+        batch_size: number of sequences; each has a position of its own.
+        device, dtype: of keys and values.
+
+    Attributes:
+        positions: (B,) int64 on the device, tokens read by every sequence.
+        layers: per layer a list of (keys, values), one pair per branch.
+    """
+
+    is_compileable = False
+    is_sliding = (False,)
+    is_croppable = False
+
+    def __init__(
+        self,
+        config: Any,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size: expected an integer >= 1; got {batch_size!r}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating dtype; got {dtype}")
+        self.pattern = config.pattern()
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_key_heads = config.num_key_value_heads or config.num_attention_heads
+        self.dtype = dtype
+        self._fingerprint = _fingerprint(config, self.pattern)
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # The host's copy spares a synchronisation per step; both change only in `advance` and by batch operations.
+        self._host = [0] * batch_size
+        self._lengths: tuple[Tensor, list[int]] | None = None
+        self.layers = [
+            [self._pair(batch_size, 0, branch) for branch in self.pattern.branches]
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._host)
+
+    @property
+    def host_positions(self) -> tuple[int, ...]:
+        """`positions` without a synchronisation."""
+        return tuple(self._host)
+
+    def _pair(self, batch: int, rows: int, branch: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        slots = len(self.pattern.slots(branch[1], self.num_heads, self.num_key_heads))
+        shape = (batch, rows, slots, self.head_dim)
+        # Zeros, not empty: rows that are masked out must stay finite, 0 * NaN is NaN.
+        return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))  # type: ignore[return-value]
+
+    def _reserve(self, layer: list[tuple[Tensor, Tensor]], end: int) -> None:
+        """Make room for positions below `end` in the buffers of a layer."""
+        for i, (w, r) in enumerate(self.pattern.branches):
+            full, have = self.pattern.rows(w, r), layer[i][0].shape[1]
+            needed = min(full, -(-end // r))
+            if needed <= have:
+                continue
+            grown = self._pair(self.batch_size, min(full, max(needed, 2 * have, _MIN_ROWS)), (w, r))
+            for new, old in zip(grown, layer[i], strict=True):
+                new[:, :have] = old
+            layer[i] = grown
+
+    def attend(
+        self,
+        layer_index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the next n tokens of every sequence, whose keys and values are kept: -> (B, n, H, D).
+
+        q (B, n, H, D); k, v (B, n, K, D); `lengths` (B,): valid tokens of every sequence, padded on the right; outputs of
+        padding mean nothing. Sequences may stand at different positions. `advance` must follow once all layers ran.
+        """
+        self._check(layer_index, q, k, v)
+        n, layer = q.shape[1], self.layers[layer_index]
+        host = self._host_lengths(lengths, n)
+        k, v = k.to(self.dtype), v.to(self.dtype)
+        self._reserve(layer, max(p + max(m, n == 1) for p, m in zip(self._host, host, strict=True)))
+        if n == 1:
+            return self._decode(layer, q.to(self.dtype), k, v).to(q.dtype)
+        groups = list(_equal_runs(self._host, host))
+        if len(groups) == 1 and groups[0] == slice(0, self.batch_size):
+            return self._prefill(layer, q, k, v, groups[0], host)
+        out = torch.zeros_like(q)
+        for part in groups:
+            out[part] = self._prefill(layer, q[part], k[part], v[part], part, host[part])
+        return out
+
+    def _prefill(
+        self, layer: list, q: Tensor, k: Tensor, v: Tensor, part: slice, lengths: list[int]
+    ) -> Tensor:
+        buffers = [(keys[part], values[part]) for keys, values in layer]
+        start = self._host[part.start]
+        out = prefill_attention(q.to(self.dtype), k, v, self.pattern, buffers, start).out
+        # After attention: rows of the old segment are read by this chunk and may be overwritten by it.
+        write_rows(buffers, k, v, self.pattern, self.num_heads, start, lengths)
+        return out.to(q.dtype)
+
+    def _decode(self, layer: list, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # A sequence without a token in this step writes to the row of its next token, which will overwrite it.
+        alike = self._host[0] if len(set(self._host)) == 1 else None
+        write_step(layer, k, v, self.pattern, self.num_heads, self.positions, alike)
+        return decode_attention(q, self.pattern, layer, self.positions, alike, max(self._host))
+
+    @torch.no_grad()
+    def advance(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Count the tokens that all layers have now attended: n for all sequences or lengths (B,). Once per forward."""
+        if isinstance(lengths, int):
+            host = [lengths] * self.batch_size
+            self.positions = self.positions + lengths
+        else:
+            host = self._host_lengths(lengths, None)
+            self.positions = self.positions + torch.as_tensor(lengths, device=self.device).long()
+        self._host = [p + n for p, n in zip(self._host, host, strict=True)]
+        self._lengths = None
+
+    def _host_lengths(self, lengths: Sequence[int] | Tensor | None, n: int | None) -> list[int]:
+        """`lengths` as integers; a tensor is read once per forward, not once per layer."""
+        if lengths is None:
+            return [n or 0] * self.batch_size
+        if isinstance(lengths, Tensor):
+            if self._lengths is None or self._lengths[0] is not lengths:
+                self._lengths = (lengths, lengths.tolist())
+            host = self._lengths[1]
+        else:
+            host = [int(x) for x in lengths]
+        if len(host) != self.batch_size or any(x < 0 or (n is not None and x > n) for x in host):
+            raise ValueError(
+                f"lengths: expected {self.batch_size} integers in [0, {n}]; got {host}; give one per sequence"
+            )
+        return host
+
+    def _check(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        n = q.shape[1]
+        queries = (self.batch_size, n, self.num_heads, self.head_dim)
+        keys = (self.batch_size, n, self.num_key_heads, self.head_dim)
+        if not 0 <= layer_index < len(self.layers):
+            raise ValueError(f"layer_index: expected 0 .. {len(self.layers) - 1}; got {layer_index}")
+        if tuple(q.shape) != queries or tuple(k.shape) != keys or tuple(v.shape) != keys or n < 1:
+            raise ValueError(
+                f"expected q {queries} and k, v {keys}; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+                "make the cache with the batch size and configuration of the model"
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{j}.{name}": x
+            for i, layer in enumerate(self.layers)
+            for j, pair in enumerate(layer)
+            for name, x in zip(("keys", "values"), pair, strict=True)
+        }
+
+    # What transformers' generate asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read by the longest sequence."""
+        return max(self._host)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: the stream has no end."""
+        return -1
+
+    get_max_length = get_max_cache_shape
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(keys, offset) of a mask over everything read: virtual, no mask is built."""
+        return self.get_seq_length() + query_length, 0
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def reset(self) -> None:
+        """Forget everything; buffers stay allocated (stale rows are never read)."""
+        self.positions = torch.zeros_like(self.positions)
+        self._host = [0] * self.batch_size
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence b continues what sequence beam_idx[b] has read (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence becomes `repeats` equal ones."""
+        index = torch.arange(self.batch_size).repeat_interleave(repeats)
+        self.batch_select_indices(index)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences, in this order."""
+        index = indices.to(self.device)
+        host = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        self.positions = self.positions[index]
+        self._host = [self._host[b] for b in host]
+        self.layers = [[(k[index], v[index]) for k, v in layer] for layer in self.layers]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a snapshot (one safetensors file): to a temporary name, synchronised, renamed. Never half a file."""
+        path = Path(path)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self._tensors().items()}
+        meta = {"format": _FORMAT, "config": self._fingerprint, "positions": self._host}
+        meta["dtype"] = str(self.dtype).removeprefix("torch.")
+        meta["checksum"] = _checksum(meta, tensors)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"longnet": json.dumps(meta, sort_keys=True)})
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu"
+    ) -> LongNetCache:
+        """Read a snapshot for a model of the same configuration; it continues bit for bit.
+
+        Raises:
+            ValueError: not a snapshot, damaged, or of another configuration.
+        """
+        meta, tensors = _read(Path(path))
+        wanted = _fingerprint(config, config.pattern())
+        if meta["config"] != wanted:
+            raise ValueError(
+                f"{path}: expected a snapshot of configuration {wanted}; got {meta['config']}; "
+                "load it with the model that wrote it"
+            )
+        host = meta["positions"]
+        cache = cls(config, len(host), device, getattr(torch, meta["dtype"]))
+        if tensors.keys() != cache._tensors().keys():
+            raise ValueError(f"{path}: expected {len(cache._tensors())} buffers; got {len(tensors)}; write it anew")
+        cache._host = list(host)
+        cache.positions = torch.tensor(host, dtype=torch.int64, device=device)
+        for i, layer in enumerate(cache.layers):
+            for j in range(len(layer)):
+                layer[j] = tuple(tensors[f"{i}.{j}.{name}"].to(device) for name in ("keys", "values"))  # type: ignore[assignment]
+        return cache
+
+
+def _equal_runs(positions: list[int], lengths: list[int]) -> Iterator[slice]:
+    """Slices of neighbouring sequences that stand at the same position and have tokens to read."""
+    begin = 0
+    for b in range(len(positions) + 1):
+        same = b < len(positions) and lengths[b] > 0 and positions[b] == positions[begin]
+        if b > begin and not (same and lengths[begin] > 0):
+            if lengths[begin] > 0:
+                yield slice(begin, b)
+            begin = b
+
+
+def _fingerprint(config: Any, pattern: Any) -> dict[str, Any]:
+    """What must agree between a snapshot and the model that continues it, as JSON values."""
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    optional = ("hidden_size", "intermediate_size", "vocab_size", "rope_theta")
+    result = {name: getattr(config, name) for name in names}
+    result |= {name: getattr(config, name) for name in optional if hasattr(config, name)}
+    result["branches"] = [list(branch) for branch in pattern.branches]
+    result["head_offsets"] = pattern.head_offsets
+    return result
+
+
+def _checksum(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """sha256 over the metadata and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(
+        json.dumps({k: meta[k] for k in sorted(meta) if k != "checksum"}, sort_keys=True).encode()
+    )
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)};".encode())
+        if x.numel():
+            digest.update(x.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a snapshot whose checksum holds."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["longnet"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checksum = meta["checksum"]
+        actual = _checksum(meta, tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a cache snapshot ({_FORMAT}, safetensors); got {error!r}; "
+            "use a file that LongNetCache.save wrote"
+        ) from error
+    if checksum != actual or meta.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path}: expected checksum {checksum} and format {_FORMAT}; got {actual} and {meta.get('format')}; "
+            "the snapshot is damaged: read the text again"
+        )
+    return meta, tensors
