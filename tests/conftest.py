@@ -44,7 +44,9 @@ def assert_within_budget(name, actual, exact, peer, roundings=1):
     eps = 1e-12 if actual.dtype == torch.float64 else roundings * torch.finfo(actual.dtype).eps
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(exact.shape)}"
     finite = torch.isfinite(exact)
-    assert torch.equal(torch.isfinite(actual), finite), f"{name}: NaN or infinity where the oracle has none, or the reverse"
+    assert torch.equal(torch.isfinite(actual), finite), (
+        f"{name}: NaN or infinity where the oracle has none, or the reverse"
+    )
     if not finite.any():
         return
     exact, actual, peer = exact[finite].double(), actual[finite].double(), peer[finite].double()

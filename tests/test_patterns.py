@@ -47,7 +47,10 @@ def test_slots_hold_every_heads_rows(pattern, heads):
         slots = pattern.slots(r, num_heads, num_key_heads)
         assert len(set(slots)) == len(slots) <= num_heads
         for h, slot in enumerate(pattern.head_slots(r, num_heads, num_key_heads)):
-            assert slots[slot] == (h // (num_heads // num_key_heads), pattern.offset(h, r, num_heads))
+            assert slots[slot] == (
+                h // (num_heads // num_key_heads),
+                pattern.offset(h, r, num_heads),
+            )
 
 
 def test_geometric_covers_the_length_with_constant_rows():
@@ -59,7 +62,16 @@ def test_geometric_covers_the_length_with_constant_rows():
 
 
 def test_paper_offsets_and_torchscale_offsets_differ():
-    assert [DilatedPattern((8,), (1,)).offset(h, 4, 8) for h in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [DilatedPattern((8,), (1,)).offset(h, 4, 8) for h in range(8)] == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+        2,
+        3,
+    ]
     block = DilatedPattern((8,), (1,), "block")
     assert [block.offset(h, 4, 8) for h in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 

@@ -183,9 +183,7 @@ def _prefill(
 def _step(model: Any, ids: Tensor, cache: LongNetCache, lengths: list[int] | None) -> Tensor:
     """Logits (B, V) in fp32 at each sequence's last valid token of `ids`."""
     valid = None if lengths is None else torch.tensor(lengths, device=ids.device)
-    output = model(
-        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, lengths=valid
-    )
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, lengths=valid)
     return output.logits[:, -1].float()
 
 

@@ -56,7 +56,9 @@ class DilatedPattern:
             )
         for w, r in zip(lengths, rates, strict=True):
             if type(w) is not int or type(r) is not int or not 1 <= r <= w:
-                raise ValueError(f"expected integers 1 <= dilation rate <= segment length; got rate {r!r}, length {w!r}")
+                raise ValueError(
+                    f"expected integers 1 <= dilation rate <= segment length; got rate {r!r}, length {w!r}"
+                )
         if 1 not in rates:
             raise ValueError(
                 f"dilation rates {rates} leave token 1 of head 0 without any key; add a branch of rate 1 (a local window)"
@@ -66,7 +68,11 @@ class DilatedPattern:
 
     @classmethod
     def geometric(
-        cls, max_length: int, window: int = 2048, ratio: int = 2, head_offsets: HeadOffsets = "cyclic"
+        cls,
+        max_length: int,
+        window: int = 2048,
+        ratio: int = 2,
+        head_offsets: HeadOffsets = "cyclic",
     ) -> DilatedPattern:
         """w_i = window ratio^i and r_i = ratio^i until w covers `max_length` tokens (equations 11-12 and 18)."""
         if max_length < 1 or window < 1 or ratio < 2:
@@ -124,9 +130,7 @@ class DilatedPattern:
 
     def cache_entries(self, num_heads: int, num_key_heads: int) -> int:
         """Key rows (each D wide; values the same again) that a stream keeps per layer and sequence, whatever it has read."""
-        return sum(
-            len(self.slots(r, num_heads, num_key_heads)) * self.rows(w, r) for w, r in self.branches
-        )
+        return sum(len(self.slots(r, num_heads, num_key_heads)) * self.rows(w, r) for w, r in self.branches)
 
     def receptive_field(self) -> int:
         """The longest distance, in tokens, at which a single layer can look back: the longest segment less one."""

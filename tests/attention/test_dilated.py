@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import assert_within_budget
 
 import longnet
+from conftest import assert_within_budget
 from longnet import DilatedPattern, dilated_attention
 
 PATTERNS = {
@@ -34,13 +34,16 @@ def with_gradients(inputs, impl, pattern, dout, dlse, **options):
 def check(inputs, pattern, impl="strided", lse_gradient=True, **options):
     g = torch.Generator().manual_seed(1)
     dout = torch.randn(inputs[0].shape, generator=g, dtype=torch.float64)
-    dlse = torch.randn(inputs[0].shape[0], inputs[0].shape[2], inputs[0].shape[1], generator=g, dtype=torch.float64)
+    dlse = torch.randn(
+        inputs[0].shape[0], inputs[0].shape[2], inputs[0].shape[1], generator=g, dtype=torch.float64
+    )
     dlse = dlse * lse_gradient
     dout = dout.to(inputs[0].dtype)
     exact = with_gradients([x.double() for x in inputs], "reference", pattern, dout, dlse, **options)
     peer = with_gradients(inputs, "reference", pattern, dout, dlse, **options)
     actual = with_gradients(inputs, impl, pattern, dout, dlse, **options)
-    # In fp32 the roundings of every branch and of the lse term are as large as the peer's error; in 16 bits one rounding dwarfs fp32 statistics.
+    # In fp32 the roundings of every branch and of the lse term are as large as the peer's error;
+    # in 16 bits one rounding dwarfs fp32 statistics.
     roundings = 2 + len(pattern.branches) if inputs[0].dtype == torch.float32 else 1
     for name, a, e, p in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, peer, strict=True):
         assert_within_budget(name, a, e, p, 1 if name == "lse" and a.dtype != inputs[0].dtype else roundings)
@@ -127,7 +130,9 @@ def test_non_contiguous_inputs():
     q, k, v = random_inputs(2, 50, 4, 4, 8, torch.float32)
     expected = dilated_attention(q, k, v, PATTERNS["geometric"])
     for layout in ((0, 2, 1, 3), (3, 2, 1, 0), (1, 0, 3, 2)):
-        views = [x.permute(layout).contiguous().permute(*(layout.index(i) for i in range(4))) for x in (q, k, v)]
+        views = [
+            x.permute(layout).contiguous().permute(*(layout.index(i) for i in range(4))) for x in (q, k, v)
+        ]
         actual = dilated_attention(*views, PATTERNS["geometric"])
         torch.testing.assert_close(actual.out, expected.out)
 

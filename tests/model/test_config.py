@@ -5,9 +5,7 @@ import pytest
 from longnet.model import PRESETS, LongNetConfig, LongNetForCausalLM
 
 
-@pytest.mark.parametrize(
-    "overrides", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}]
-)
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}])
 def test_num_parameters_formula_counts_the_model(overrides):
     config = LongNetConfig.preset("tiny", **overrides)
     model = LongNetForCausalLM(config)

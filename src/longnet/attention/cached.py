@@ -32,7 +32,9 @@ class Run(NamedTuple):
     branch: int
     rate: int
     heads: int
-    first: tuple[int, ...]  # head or key head, slot, token (in the chunk), row (in the buffer) of the first member
+    first: tuple[
+        int, ...
+    ]  # head or key head, slot, token (in the chunk), row (in the buffer) of the first member
     steps: tuple[int, ...]  # by how much each of them advances from member to member
     tokens: int
     rows: int
@@ -138,7 +140,9 @@ def write_step(
         row = torch.where(takes, local // r, 0)
         slot = torch.arange(len(slots), device=k.device)
         for buffer, x in zip(pair, (k, v), strict=True):
-            new = torch.where(takes[..., None], x[:, 0].index_select(1, key_heads), buffer[sequence, row, slot])
+            new = torch.where(
+                takes[..., None], x[:, 0].index_select(1, key_heads), buffer[sequence, row, slot]
+            )
             buffer[sequence, row, slot] = new
     return None
 
@@ -199,7 +203,8 @@ def _runs(members: list, branch: int, rate: int) -> list[Run]:
         for member in ordered:
             if groups and groups[-1][-1][1:] == member[1:]:
                 step = tuple(b - a for a, b in zip(groups[-1][-1][0], member[0], strict=True))
-                if min(step[:2]) >= 0 and (len(groups[-1]) == 1 or step == steps):
+                # Strides of a view must not be negative.
+                if min(step) >= 0 and (len(groups[-1]) == 1 or step == steps):
                     groups[-1].append(member)
                     steps = step
                     continue
@@ -235,9 +240,7 @@ def _add_rectangles(q: Tensor, buffers: Buffers, runs: Sequence[Run], out: Tenso
     for run in runs:
         (head, slot, token, _), step = run.first, run.steps
         where = (run.heads, head, step[0], token, step[2], run.tokens, run.rate)
-        keys, values = (
-            _view(x, run.heads, slot, step[1], 0, 0, run.rows, 1) for x in buffers[run.branch]
-        )
+        keys, values = (_view(x, run.heads, slot, step[1], 0, 0, run.rows, 1) for x in buffers[run.branch])
         partial, partial_lse = _attend(_view(q, *where), keys, values, scale)
         total, denominator = _view(out, *where), _view(statistics, *where)
         merged, merged_lse = merge(
@@ -250,7 +253,7 @@ def _add_rectangles(q: Tensor, buffers: Buffers, runs: Sequence[Run], out: Tenso
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every query sees every key: q (B, h, n, D), k, v (B, h, m, D) -> out (B, h, n, D), lse (B, h, n)."""
     if strided.unsupported(q, k, v) is None and q.stride(-1) == k.stride(-1) == 1:
-        out, lse, *_ = strided._attend(q, k, v, False, scale)
+        out, lse, *_ = strided._attend((q, k, v), False, scale)
         return out, lse
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, sums = [], []

@@ -92,17 +92,27 @@ def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPat
     return strided.unsupported(q, k, v) if impl == "strided" else None
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, lengths: Tensor | None) -> tuple[str, str]:
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, lengths: Tensor | None
+) -> tuple[str, str]:
     """(path, why): cuDNN over strided views where it was measured fastest, Triton on other GPUs, the library on CPU."""
     no_strided = strided.unsupported(q, k, v)
     if q.device.type != "cuda":
-        return ("strided", "library attention over strided views") if no_strided is None else ("reference", no_strided)
+        return (
+            ("strided", "library attention over strided views")
+            if no_strided is None
+            else ("reference", no_strided)
+        )
     no_triton = fused.unsupported(q, k, v, pattern)
     if no_strided is None and lengths is None and q.shape[1] == k.shape[1] and strided.has_cudnn(q):
         return "strided", "cuDNN over strided views is the fastest measured path on this GPU"
     if no_triton is None:
         return "triton", "fused kernels over strides" + (f" (strided: {no_strided})" if no_strided else "")
-    return ("strided", f"triton: {no_triton}") if no_strided is None else ("reference", f"{no_triton}; {no_strided}")
+    return (
+        ("strided", f"triton: {no_triton}")
+        if no_strided is None
+        else ("reference", f"{no_triton}; {no_strided}")
+    )
 
 
 def _check(
@@ -119,9 +129,13 @@ def _check(
         raise ValueError(f"pattern: expected a DilatedPattern; got {type(pattern).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (batch, tokens, heads, width); got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions (batch, tokens, heads, width); got shape {tuple(x.shape)}"
+            )
         if x.dtype != q.dtype or not x.is_floating_point():
-            raise ValueError(f"{name}: expected the floating dtype of q, k and v to agree; got {x.dtype}, q is {q.dtype}")
+            raise ValueError(
+                f"{name}: expected the floating dtype of q, k and v to agree; got {x.dtype}, q is {q.dtype}"
+            )
         if x.device != q.device:
             raise ValueError(f"{name}: expected device {q.device} like q; got {x.device}; move it with .to()")
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -143,7 +157,9 @@ def _check(
     if impl not in (None, "triton", "strided", "reference"):
         raise ValueError(f"impl: expected None, 'triton', 'strided' or 'reference'; got {impl!r}")
     if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.is_floating_point()):
-        raise ValueError(f"lengths: expected {q.shape[0]} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}")
+        raise ValueError(
+            f"lengths: expected {q.shape[0]} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}"
+        )
 
 
 @torch.library.custom_op("longnet::dilated_forward", mutates_args=())

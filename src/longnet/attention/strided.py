@@ -98,20 +98,25 @@ def forward(
     out = lse = None
     for piece in plan(pattern, num_heads, k.shape[2], k.shape[1], num_queries, start, causal):
         for call in _calls(piece, q, k):
-            views = [x.flatten(0, 1) for x in (_queries(q, call), _keys(k, call), _keys(v, call))]
-            partial, partial_lse = _attend(*views, piece.causal, scale)
+            views = (x.flatten(0, 1) for x in (_queries(q, call), _keys(k, call), _keys(v, call)))
+            partial, partial_lse = _attend((*views,), piece.causal, scale)
             partial = partial.unflatten(0, (call.sequences, call.segments))
             partial_lse = partial_lse.unflatten(0, (call.sequences, call.segments))
             if out is None or lse is None:
                 if _covers_all(call, q) and keep == q.dtype:
                     out = partial.permute(0, 1, 3, 2, 4).reshape(q.shape)
-                    lse = partial_lse.permute(0, 2, 1, 3).reshape(q.shape[0], num_heads, num_queries).contiguous()
+                    lse = (
+                        partial_lse.permute(0, 2, 1, 3)
+                        .reshape(q.shape[0], num_heads, num_queries)
+                        .contiguous()
+                    )
                     continue
                 out = torch.zeros(q.shape, dtype=keep, device=q.device)
                 shape = (q.shape[0], num_heads, num_queries)
                 lse = torch.full(shape, -torch.inf, dtype=statistics, device=q.device)
             _merge_rows(_queries(out, call), _statistics(lse, call), partial, partial_lse)
-    assert out is not None and lse is not None, "a pattern with rate 1 covers every token"
+    if out is None or lse is None:
+        raise AssertionError("a pattern with rate 1 covers every token")
     return out.to(q.dtype), lse
 
 
@@ -143,9 +148,13 @@ def backward(
     written = False  # whether the first piece, which holds every token once, has filled the gradients
     for piece in plan(pattern, q.shape[2], k.shape[2], k.shape[1], q.shape[1], start, causal):
         for call in _calls(piece, q, k, BACKWARD_SHARE if piece.rate == 1 else 1.0):
-            views = [*(_queries(x, call) for x in (dout, q, out)), *(_keys(x, call) for x in (k, v))]
+            views = [
+                *(_queries(x, call) for x in (dout, q, out)),
+                *(_keys(x, call) for x in (k, v)),
+            ]
             statistics = _statistics(lse, call).flatten(0, 1).contiguous()
-            grads = _attend_backward(*(x.flatten(0, 1) for x in views), statistics, piece.causal, scale)
+            flat = tuple(x.flatten(0, 1) for x in views)
+            grads = _attend_backward(flat, statistics, piece.causal, scale)
             grads = [g.unflatten(0, (call.sequences, call.segments)) for g in grads]
             if gradients is None:
                 if keep == q.dtype and q.shape == k.shape and _covers_all(call, q):
@@ -162,11 +171,11 @@ def backward(
                     grad = grad.sum(2, keepdim=True, dtype=torch.promote_types(keep, torch.float32))
                 _add_rows(target, grad, read=written or filled)
             # The next call must not find this one's scratch still alive.
-            del grads, views, target, grad
+            del grads, views, flat, target, grad
         written = True
     assert gradients is not None
-    dq, dk, dv = (g[..., :width].to(q.dtype) for g in gradients)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    dq, dk, dv = (g[..., :width].to(q.dtype).contiguous() for g in gradients)
+    return dq, dk, dv
 
 
 @functools.lru_cache(maxsize=256)
@@ -186,7 +195,10 @@ def plan(
             heads = []
             for h in range(num_heads):
                 s = pattern.offset(h, r, num_heads)
-                queries, keys = _rows(span.origin, s, r, *span.queries), _rows(span.origin, s, r, *span.keys)
+                queries, keys = (
+                    _rows(span.origin, s, r, *span.queries),
+                    _rows(span.origin, s, r, *span.keys),
+                )
                 if queries.count and keys.count:
                     queries = queries._replace(first=queries.first - (num_keys - num_queries))
                     heads.append((h, h // (num_heads // num_key_heads), queries, keys))
@@ -252,7 +264,20 @@ def _runs(heads: list) -> list[list]:
 def _piece(run: list, span: Span, w: int, r: int) -> Piece:
     (h, kh, queries, keys), second = run[0], run[1] if len(run) > 1 else None
     steps = (second[0] - h, second[1] - kh, second[2].first - queries.first) if second else (1, 0, 0)
-    return Piece(r, w, span.segments, h, steps[0], len(run), kh, steps[1], steps[2], queries, keys, span.causal)
+    return Piece(
+        r,
+        w,
+        span.segments,
+        h,
+        steps[0],
+        len(run),
+        kh,
+        steps[1],
+        steps[2],
+        queries,
+        keys,
+        span.causal,
+    )
 
 
 class Call(NamedTuple):
@@ -342,14 +367,22 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(qkv: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Library attention of (X, heads, rows, D) views -> out (X, heads, rows, D), lse (X, heads, rows)."""
+    q, k, v = qkv
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1), 0.0, causal, scale=scale
+            q,
+            k.expand(-1, q.shape[1], -1, -1),
+            v.expand(-1, q.shape[1], -1, -1),
+            0.0,
+            causal,
+            scale=scale,
         )
     if _cudnn_takes(q, k):
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
         return out, lse.reshape(q.shape[:3])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = aten._flash_attention_forward(
@@ -359,9 +392,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
 
 
 def _attend_backward(
-    dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    views: tuple[Tensor, ...], lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, ...]:
     """Library backward with the given out and lse; dk and dv have one head per query head, or the heads of k."""
+    dout, q, out, k, v = views
     if not q.is_cuda:
         k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -376,14 +410,30 @@ def _attend_backward(
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grads = aten._flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, state, state, scale=scale
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None,
+        None,
+        q.shape[1],
+        k.shape[1],
+        0.0,
+        causal,
+        state,
+        state,
+        scale=scale,
     )
     return tuple(g.transpose(1, 2) for g in grads)
 
 
 def _cudnn_takes(q: Tensor, k: Tensor) -> bool:
     """cuDNN compiles a plan per shape: worth it for full segments, which recur, and not for small or ragged rests."""
-    return has_cudnn(q) and q.shape[2] == k.shape[2] and q.shape[2] % 128 == 0 and q.shape[1] % k.shape[1] == 0
+    return (
+        has_cudnn(q) and q.shape[2] == k.shape[2] and q.shape[2] % 128 == 0 and q.shape[1] % k.shape[1] == 0
+    )
 
 
 def _merge_rows(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
@@ -433,9 +483,14 @@ def _forward_around_broken_keys(q, k, v, *spec):
     """
     broken_k, broken_v = (~torch.isfinite(x).all(-1, keepdim=True) for x in (k, v))
     out, lse = forward(q, k.masked_fill(broken_k, 0), v.masked_fill(broken_v, 0), None, *spec)
-    for broken, targets in ((broken_k, (out, lse.transpose(1, 2)[..., None])), (broken_k | broken_v, (out,))):
+    for broken, targets in (
+        (broken_k, (out, lse.transpose(1, 2)[..., None])),
+        (broken_k | broken_v, (out,)),
+    ):
         indicator = broken.to(q.dtype).expand(v.shape)
-        reached = forward(torch.zeros_like(q), torch.zeros_like(k), indicator.contiguous(), None, *spec)[0] > 0
+        reached = (
+            forward(torch.zeros_like(q), torch.zeros_like(k), indicator.contiguous(), None, *spec)[0] > 0
+        )
         for target in targets:
             target.masked_fill_(reached[..., : target.shape[-1]], torch.nan)
     return out, lse

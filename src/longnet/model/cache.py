@@ -258,9 +258,7 @@ class LongNetCache:
             os.close(directory)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu"
-    ) -> LongNetCache:
+    def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu") -> LongNetCache:
         """Read a snapshot for a model of the same configuration; it continues bit for bit.
 
         Raises:
@@ -276,7 +274,9 @@ class LongNetCache:
         host = meta["positions"]
         cache = cls(config, len(host), device, getattr(torch, meta["dtype"]))
         if tensors.keys() != cache._tensors().keys():
-            raise ValueError(f"{path}: expected {len(cache._tensors())} buffers; got {len(tensors)}; write it anew")
+            raise ValueError(
+                f"{path}: expected {len(cache._tensors())} buffers; got {len(tensors)}; write it anew"
+            )
         cache._host = list(host)
         cache.positions = torch.tensor(host, dtype=torch.int64, device=device)
         for i, layer in enumerate(cache.layers):

@@ -13,9 +13,7 @@ _MIDDLE = {"segment_lengths": [1024, 4096, 16384], "dilation_rates": [1, 4, 16]}
 _LONG = {"segment_lengths": [2048, 8192, 32768], "dilation_rates": [1, 4, 16]}
 
 
-def _size(
-    hidden: int, inner: int, layers: int, heads: int, pattern: dict[str, Any]
-) -> dict[str, Any]:
+def _size(hidden: int, inner: int, layers: int, heads: int, pattern: dict[str, Any]) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -84,9 +82,7 @@ class LongNetConfig(PreTrainedConfig):
     attention_impl: Literal["triton", "strided", "reference"] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._require_positive(
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
-        )
+        self._require_positive("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         self._require_positive("num_attention_heads")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -132,8 +128,7 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(f"expected {name} > 0; got {value!r}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"expected pad_token_id in [0, vocab_size = {self.vocab_size}); got"
-                f" {self.pad_token_id}"
+                f"expected pad_token_id in [0, vocab_size = {self.vocab_size}); got {self.pad_token_id}"
             )
         self.pattern()  # raises for a pattern that cannot be
 
@@ -147,9 +142,7 @@ class LongNetConfig(PreTrainedConfig):
 
     def pattern(self) -> DilatedPattern:
         """Who sees whom."""
-        return DilatedPattern(
-            tuple(self.segment_lengths), tuple(self.dilation_rates), self.head_offsets
-        )
+        return DilatedPattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.head_offsets)
 
     def _matrix_parameters(self) -> int:
         """Weights of all layers that take part in a matrix product: every one costs 2 operations

@@ -64,9 +64,7 @@ def next_tokens(ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | No
     (B, N)."""
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)
     if lengths is not None:
-        attention_mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None].to(
-            ids.device
-        )
+        attention_mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None].to(ids.device)
     if attention_mask is not None:
         real = attention_mask[:, -ids.shape[1] :].bool().to(ids.device)
         targets = targets.masked_fill(~(real & F.pad(real[:, 1:], (0, 1))), -100)

@@ -50,9 +50,7 @@ class LongNetModel(LongNetPreTrainedModel):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            LongNetLayer(config, i) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(LongNetLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -139,9 +137,7 @@ class LongNetModel(LongNetPreTrainedModel):
         if self.config.bidirectional:
             raise ValueError("expected no cache in a bidirectional model; pass use_cache=False")
         if start:
-            raise ValueError(
-                f"expected start = 0 with a cache, which knows its position; got {start}"
-            )
+            raise ValueError(f"expected start = 0 with a cache, which knows its position; got {start}")
         if cache is None:
             cache = LongNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
         return cache
@@ -184,8 +180,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config.bidirectional:
             raise ValueError(
-                "expected bidirectional=False for causal language modelling; use LongNetModel"
-                " for an encoder"
+                "expected bidirectional=False for causal language modelling; use LongNetModel for an encoder"
             )
         self.model = LongNetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -286,9 +281,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             part = (flat[begin : begin + LOSS_CHUNK], wanted[begin : begin + LOSS_CHUNK])
             if torch.is_grad_enabled():
                 # No dropout here, so there is no random state to restore.
-                losses.append(
-                    checkpoint(self._losses, *part, use_reentrant=False, preserve_rng_state=False)
-                )
+                losses.append(checkpoint(self._losses, *part, use_reentrant=False, preserve_rng_state=False))
             else:
                 losses.append(self._losses(*part))
         return torch.cat(losses).view(targets.shape)

@@ -1,0 +1,23 @@
+.PHONY: demo test lint test-gpu bench install
+
+install:
+	@./install.sh
+
+demo: install
+	.venv/bin/longnet demo
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyrefly check
+	.venv/bin/lint-imports
+
+test: lint
+	.venv/bin/python -m pytest -n 2 -q
+
+# On a machine with a GPU, with the torch, triton and pytest that are already there.
+test-gpu:
+	PYTHONPATH=src python3 -m pytest -q -m gpu
+
+bench:
+	PYTHONPATH=src python3 benchmarks/run.py

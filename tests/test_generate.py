@@ -1,0 +1,165 @@
+"""Generation from a cache equals generation without one; batches equal single runs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from longnet.attention.reference import dilated_attention_reference
+from longnet.generate import generate
+from longnet.patterns import DilatedPattern
+
+VOCABULARY = 11
+PATTERN = DilatedPattern((4, 16), (1, 2))
+
+
+class Tiny(nn.Module):
+    """Embedding, two attention layers, head: enough to depend on everything visible. Positions come in by the pattern."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.config = SimpleNamespace(
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=4,
+            pattern=lambda: PATTERN,
+        )
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.mix = nn.ModuleList([nn.Linear(8, 24) for _ in range(2)])
+        self.head = nn.Linear(8, VOCABULARY)
+        self.double()
+
+    def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=0, lengths=None):
+        x = self.embedding(input_ids)
+        for i, mix in enumerate(self.mix):
+            q, k, v = mix(3 * x).view(*x.shape[:2], 3, 2, 4).unbind(2)
+            if past_key_values is None:
+                out, _ = dilated_attention_reference(q, k, v, PATTERN, True, 0.5)
+            else:
+                out = past_key_values.attend(i, q, k, v, lengths)
+            x = x + out.flatten(2)
+        n = x.shape[1]
+        if past_key_values is not None:
+            past_key_values.advance(n if lengths is None else lengths)
+        if logits_to_keep:
+            last = torch.full((len(x),), n - 1) if lengths is None else (lengths - 1).clamp(min=0)
+            x = x[torch.arange(len(x)), last][:, None]
+        return SimpleNamespace(logits=self.head(x))
+
+
+@pytest.fixture
+def model():
+    return Tiny().eval()
+
+
+def prompt(n, batch=1, seed=0):
+    return torch.randint(VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy_without_cache(model, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+    return ids[0, -steps:].tolist()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 8192])
+def test_greedy_equals_greedy_without_cache(model, chunk_size):
+    ids, seen, read = prompt(21), [], []
+    output = generate(
+        model, ids, max_new_tokens=20, temperature=0, chunk_size=chunk_size,
+        on_token=lambda b, token: seen.append((b, token)), on_prefill=lambda done, total: read.append((done, total)),
+    )  # fmt: skip
+    assert output.ids == [greedy_without_cache(model, ids, 20)]
+    assert seen == [(0, token) for token in output.ids[0]]
+    assert read[-1] == (21, 21)
+    assert output.finish_reasons == ["length"]
+    assert output.cache.host_positions == (40,)
+
+
+def test_a_batch_of_different_lengths_equals_single_runs(model):
+    ids, lengths = prompt(30, batch=3), [30, 7, 16]
+    ids[1, 7:] = ids[2, 16:] = 0
+    singles = [
+        generate(model, ids[b : b + 1, :n], max_new_tokens=15, temperature=0, eos_token_id=4).ids[0]
+        for b, n in enumerate(lengths)
+    ]
+    for chunk_size in (6, 100):
+        output = generate(
+            model,
+            ids,
+            lengths=lengths,
+            max_new_tokens=15,
+            temperature=0,
+            eos_token_id=4,
+            chunk_size=chunk_size,
+        )
+        assert output.ids == singles
+        read = [n + len(new) - 1 for n, new in zip(lengths, singles, strict=True)]
+        assert list(output.cache.host_positions) == read
+
+
+def test_a_cache_resumes_where_it_stopped(model):
+    ids = prompt(9)
+    whole = generate(model, ids, max_new_tokens=12, temperature=0).ids[0]
+    first = generate(model, ids, max_new_tokens=5, temperature=0)
+    last = torch.tensor([first.ids[0][-1:]])
+    second = generate(model, last, max_new_tokens=7, temperature=0, cache=first.cache)
+    assert first.ids[0] + second.ids[0] == whole
+
+
+def test_stop_sequences_and_end_ids(model):
+    ids = prompt(9)
+    whole = generate(model, ids, max_new_tokens=12, temperature=0).ids[0]
+    output = generate(model, ids, max_new_tokens=12, temperature=0, stop_sequences=[whole[2:4]])
+    assert output.finish_reasons == ["stop"]
+    assert output.ids[0][-2:] == whole[2:4]
+    assert len(output.ids[0]) <= 4
+    output = generate(model, ids, max_new_tokens=12, temperature=0, eos_token_id=[whole[3]])
+    assert output.ids[0] == whole[: whole.index(whole[3]) + 1]
+    assert output.finish_reasons == ["eos"]
+
+
+def test_sampling_repeats_with_a_seed_and_narrows_to_greedy(model):
+    ids = prompt(9)
+    options = {"max_new_tokens": 10, "temperature": 1.5, "top_p": 0.95, "top_k": 8, "repetition_penalty": 1.3}
+    one, two = (generate(model, ids, seed=7, **options).ids for _ in range(2))
+    assert one == two
+    greedy = generate(model, ids, max_new_tokens=10, temperature=0).ids
+    assert generate(model, ids, max_new_tokens=10, top_k=1).ids == greedy
+    assert generate(model, ids, max_new_tokens=10, top_p=1e-9).ids == greedy
+
+
+def test_a_strong_penalty_forbids_recent_ids(model):
+    new = generate(model, prompt(1), max_new_tokens=8, temperature=0, repetition_penalty=1e9).ids[0]
+    assert len(set(new)) > len(new) // 2
+
+
+def test_samples_follow_the_softmax():
+    from longnet.generate import _Sampler
+
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(20000, 3)
+    ids = _Sampler(1.0, None, None, 1.0, None, torch.Generator().manual_seed(0))(logits)
+    frequency = torch.bincount(ids, minlength=3) / 20000
+    assert (frequency - logits[0].softmax(-1)).abs().max() < 0.015
+
+
+def test_broken_logits_raise(model):
+    model.head.bias.data[2] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN"):
+        generate(model, prompt(4), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_new_tokens": -1}, {"chunk_size": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0},
+        {"lengths": [5]}, {"lengths": [0]}, {"stop_sequences": [[]]}, {"repetition_penalty": 0.0},
+        {"input_ids": torch.zeros(1, 0, dtype=torch.int64)},
+    ],
+)  # fmt: skip
+def test_arguments(model, change):
+    with pytest.raises(ValueError, match="expected"):
+        generate(**{"model": model, "input_ids": prompt(4), "max_new_tokens": 2, **change})
