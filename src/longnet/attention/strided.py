@@ -524,4 +524,5 @@ def _per_sequence_backward(dout, dlse, q, k, v, out, lse, lengths, *spec):
             out[b, queries], lse[b, :, queries], None, *spec,
         )  # fmt: skip
         grads[0][b, queries], grads[1][b, keys], grads[2][b, keys] = part
-    return tuple(grads)
+    dq, dk, dv = grads
+    return dq, dk, dv

@@ -316,7 +316,7 @@ def _checksum(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         x = tensors[name]
         digest.update(f"{name} {x.dtype} {tuple(x.shape)};".encode())
         if x.numel():
-            digest.update(x.reshape(-1).view(torch.uint8).numpy())
+            digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,301 @@
+"""The training loop: AdamW, cosine schedule, exact resume. Reports through a callback; prints nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.train import checkpoint
+from longnet.train.data import TokenDataset, WindowSampler
+
+# May differ between a run and its continuation: they do not change what a step computes.
+_FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient norm stopped being a number; raised before the optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What `longnet train` does."""
+
+    data: Path
+    """Directory made by `longnet prepare`."""
+    output: Path
+    """Where checkpoints, metrics.jsonl, loss.png and the final model go."""
+    preset: str = "tiny"
+    """Model size: tiny, mini, small, base, large, xl."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the preset's fields."""
+    sequence_length: int = 2048
+    """Tokens in a training window."""
+    batch_size: int = 4
+    """Windows in one forward pass."""
+    accumulation: int = 1
+    """Forward passes in one optimizer step."""
+    steps: int = 1000
+    """Optimizer steps."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 50
+    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    weight_decay: float = 0.1
+    """On matrices only; not on norms."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    bf16: bool = True
+    """bfloat16 autocast on CUDA; the CPU always trains in float32."""
+    compile: bool = False
+    """torch.compile the model."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping their activations."""
+    seed: int = 0
+    """Of initial weights and data order."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 1
+    """Steps between records in metrics.jsonl."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest intact checkpoint in the output folder, if there is one."""
+    device: str = "auto"
+    """auto: CUDA where there is one, else CPU."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a run ended."""
+
+    step: int
+    finished: bool
+    loss: float
+    seconds: float
+    parameters: int
+    resumed_from: int
+    skipped: tuple[str, ...]
+
+
+def train(config: TrainConfig, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> TrainSummary:
+    """Train until `steps`, or until SIGTERM, SIGINT or SIGUSR1, which save at the next step boundary and return.
+
+    A killed run continues from its newest intact checkpoint with the same losses, bit for bit on one device.
+
+    Raises:
+        ValueError: bad configuration or data, or a checkpoint of a different configuration (each field is named).
+        NonFiniteLoss: before the optimizer step that it would have spoiled; checkpoints stay as they were.
+    """
+    _check(config)
+    run = _Run(config)
+    started = time.perf_counter()
+    first, loss = run.step, math.nan
+    with _stop_signals() as stop:
+        while run.step < config.steps and not stop:
+            record = run.advance()
+            loss = record["loss"]
+            if run.step % config.log_every == 0 or run.step == config.steps:
+                run.log(record)
+            on_event(record)
+            if run.step % config.save_every == 0 and run.step < config.steps:
+                run.save()
+        run.save()
+    finished = run.step >= config.steps
+    if finished:
+        run.model.save_pretrained(config.output / "model")
+        plot(config.output / "metrics.jsonl", config.output / "loss.png")
+    parameters = sum(p.numel() for p in run.model.parameters())
+    elapsed = time.perf_counter() - started
+    return TrainSummary(run.step, finished, loss, elapsed, parameters, first, tuple(run.skipped))
+
+
+class _Run:
+    """Everything a step changes, with the means to save and restore it."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name)
+        torch.manual_seed(config.seed)
+        self.model = LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model)).to(self.device)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+        self.sampler = WindowSampler(
+            TokenDataset(config.data), config.sequence_length, config.batch_size, config.seed
+        )
+        self.step, self.skipped = 0, []
+        config.output.mkdir(parents=True, exist_ok=True)
+        self.metrics = config.output / "metrics.jsonl"
+        self.restore()
+
+    def advance(self) -> dict[str, Any]:
+        """One optimizer step."""
+        config, started = self.config, time.perf_counter()
+        self.model.train()
+        total = 0.0
+        for _ in range(config.accumulation):
+            ids = self.sampler.next_batch().to(self.device, non_blocking=True)
+            autocast = config.bf16 and self.device.type == "cuda"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                loss = self.forward(input_ids=ids, labels=ids).loss / config.accumulation
+            loss.backward()
+            total += float(loss.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise NonFiniteLoss(
+                f"step {self.step + 1}: loss {total}, gradient norm {norm}; the weights are those of step {self.step}; "
+                "lower the learning rate or look at the data of this step"
+            )
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        tokens = config.sequence_length * config.batch_size * config.accumulation
+        return {
+            "step": self.step,
+            "loss": total,
+            "bits_per_byte": total / math.log(2),
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens": tokens * self.step,
+            "tokens_per_second": tokens / (time.perf_counter() - started),
+        }
+
+    def _learning_rate(self) -> float:
+        config, step = self.config, self.step + 1
+        if step <= config.warmup:
+            return config.learning_rate * step / config.warmup
+        progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+    def log(self, record: dict[str, Any]) -> None:
+        with open(self.metrics, "a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def save(self) -> None:
+        states = self.optimizer.state_dict()["state"]
+        moments = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
+        weights = {name: p for name, p in self.model.named_parameters()}
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {"step": self.step, "data": self.sampler.state_dict(), "config": _identity(self.config)}
+        groups = {"weights": weights, "optimizer": moments, "random": random}
+        checkpoint.save(self.config.output / "checkpoints", self.step, groups, state, self.config.keep)
+
+    def restore(self) -> None:
+        """Continue from the newest intact checkpoint; drop metrics of steps that will be taken again."""
+        path = None
+        if self.config.resume == "auto":
+            path, self.skipped = checkpoint.newest(self.config.output / "checkpoints")
+        if path is None:
+            self.metrics.write_text("")
+            return
+        tensors, state = checkpoint.load(path)
+        now = _identity(self.config)
+        differing = [f"{k}: checkpoint {state['config'].get(k)!r}, now {now[k]!r}" for k in now if state["config"].get(k) != now[k]]
+        if differing:
+            raise ValueError(
+                f"{path} belongs to another configuration; differing: {'; '.join(differing)}; use another output folder"
+            )
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors["weights"][name])
+        layout = self.optimizer.state_dict()
+        layout["state"] = {}
+        for key, value in tensors["optimizer"].items():
+            index, name = key.split(".", 1)
+            layout["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(layout)
+        self.sampler.load_state_dict(state["data"])
+        torch.set_rng_state(tensors["random"]["cpu"])
+        if "cuda" in tensors["random"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random"]["cuda"], self.device)
+        self.step = int(state["step"])
+        _truncate_metrics(self.metrics, self.step)
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            break  # a line cut short by a kill; every later step is taken again anyway
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    return json.loads(json.dumps({k: v for k, v in fields.items() if k not in _FREE_FIELDS}))
+
+
+def _check(config: TrainConfig) -> None:
+    for name in ("sequence_length", "batch_size", "accumulation", "steps", "save_every", "keep", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected at least 1; got {getattr(config, name)}")
+    for name in ("learning_rate", "clip"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that stops being empty when the process is asked to stop. Further signals change nothing."""
+    received: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {}
+    try:
+        for number in signals:
+            before[number] = signal.signal(number, lambda n, frame: received.append(n))
+    except ValueError:
+        pass  # not the main thread: its owner decides about signals
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def plot(metrics: Path, picture: Path) -> bool:
+    """Draw loss over steps; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([r["step"] for r in records], [r["bits_per_byte"] for r in records])
+    axes.set(xlabel="step", ylabel="bits per byte", title="training loss")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+    return True
