@@ -60,7 +60,9 @@ def _train_with_bar(config: TrainConfig) -> TrainSummary:
 
         def show(event: dict) -> None:
             bar.update(event["step"] - bar.n)
-            bar.set_postfix_str(f"{event['bits_per_byte']:.2f} bits/byte, {event['tokens_per_second']:,.0f} tokens/s")
+            bar.set_postfix_str(
+                f"{event['bits_per_byte']:.2f} bits/byte, {event['tokens_per_second']:,.0f} tokens/s"
+            )
 
         return train_model(config, show)
 
@@ -92,7 +94,9 @@ def _print_report(report: StreamReport) -> None:
     for low, high, bits in zip(report.borders, report.borders[1:], report.bits_per_byte, strict=False):
         print(f"{low:>10} - {high - 1:>9}  {bits:.3f}")
     rate = report.tokens / report.seconds
-    print(f"{report.tokens} tokens, mean {report.mean:.3f}, {rate:,.0f} tokens/s, cache {report.cache_bytes} bytes")
+    print(
+        f"{report.tokens} tokens, mean {report.mean:.3f}, {rate:,.0f} tokens/s, cache {report.cache_bytes} bytes"
+    )
 
 
 def generate(
@@ -165,8 +169,12 @@ def explain(
     pairs = pattern.visible_pairs(tokens, heads)
     dense = heads * tokens * (tokens + 1) // 2
     print(f"branches (segment length, dilation rate): {pattern.branches}")
-    print(f"keys per query: {pairs / heads / tokens:.0f} on average; dense attention: {dense / heads / tokens:.0f}")
-    print(f"forward: {pattern.flops(tokens, heads, head_width) / 1e9:.1f} GFLOP, {dense / pairs:.1f} times less than dense")
+    print(
+        f"keys per query: {pairs / heads / tokens:.0f} on average; dense attention: {dense / heads / tokens:.0f}"
+    )
+    print(
+        f"forward: {pattern.flops(tokens, heads, head_width) / 1e9:.1f} GFLOP, {dense / pairs:.1f} times less than dense"
+    )
     entries = pattern.cache_entries(heads, key_heads)
     print(f"streaming cache: {entries} keys per layer, {entries * head_width * 4 / 2**20:.1f} MiB in 16 bits")
 
@@ -178,7 +186,9 @@ def doctor() -> None:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            print(f"GPU {i}: {p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+            print(
+                f"GPU {i}: {p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+            )
     else:
         print("GPU: none that torch can use; everything runs on the CPU")
     for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
@@ -189,7 +199,9 @@ def doctor() -> None:
     print(f"disk: {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
 
 
-def bench(tokens: int = 16384, heads: int = 8, head_width: int = 64, window: int = 2048, repeats: int = 5) -> None:
+def bench(
+    tokens: int = 16384, heads: int = 8, head_width: int = 64, window: int = 2048, repeats: int = 5
+) -> None:
     """Time dilated attention against torch's dense attention on this machine: forward, median and spread.
 
     Args:
@@ -254,7 +266,9 @@ def demo(output: Path = Path("demo-output"), steps: int = 300, stream_bytes: int
     model = LongNetForCausalLM.from_pretrained(output / "run" / "model")
     held_out = TokenDataset(output / "data").split("validation")
     tokens = TokenDataset(output / "data").tokens[-stream_bytes:]
-    print(f"\n3. Read {len(tokens)} bytes, {len(tokens) // window} training windows, as one stream (its end is held out)")
+    print(
+        f"\n3. Read {len(tokens)} bytes, {len(tokens) // window} training windows, as one stream (its end is held out)"
+    )
     report = _stream_with_bar(model, np.asarray(tokens), window)
     _print_report(report)
     print("\n4. Continue a text it has never seen")
@@ -268,16 +282,22 @@ def demo(output: Path = Path("demo-output"), steps: int = 300, stream_bytes: int
     print("\x1b[0m" if sys.stdout.isatty() else "")
     print("\nMeasured")
     print(f"  parameters                   {summary.parameters:,}")
-    print(f"  training                     {summary.step} steps in {summary.seconds:.0f} s, loss {summary.loss:.3f} nats")
+    print(
+        f"  training                     {summary.step} steps in {summary.seconds:.0f} s, loss {summary.loss:.3f} nats"
+    )
     print(f"  stream                       {report.tokens:,} tokens, {report.mean:.3f} bits per byte")
     print(f"  cache at the end             {report.cache_bytes:,} bytes, whatever the length")
     plot = output / "run" / "loss.png"
-    print(f"  loss plot                    {plot if plot.exists() else 'matplotlib is not installed: none drawn'}")
+    print(
+        f"  loss plot                    {plot if plot.exists() else 'matplotlib is not installed: none drawn'}"
+    )
 
 
 def _load(path: Path) -> LongNetForCausalLM:
     if not (path / "config.json").is_file():
-        raise ValueError(f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}")
+        raise ValueError(
+            f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LongNetForCausalLM.from_pretrained(path).to(device)
 

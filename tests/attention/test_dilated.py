@@ -149,7 +149,7 @@ def test_two_runs_are_bit_equal():
 def test_explain_names_the_path_and_the_reasons():
     text = longnet.explain(*random_inputs(1, 20, 2, 2, 8, torch.float32), PATTERNS["geometric"])
     assert "impl='strided'" in text
-    assert "triton:" in text
+    assert "reference: can run" in text
 
 
 def bad(**changes):
@@ -175,12 +175,8 @@ def bad(**changes):
         ({"lengths": torch.tensor([1])}, "lengths"),
         ({"start": -1}, "start"),
         ({"impl": "cuda"}, "impl"),
-        ({"impl": "triton"}, "cannot run here"),
     ],
 )
-def test_bad_arguments_are_refused_with_the_reason(changes, message, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if torch.cuda.is_available() and changes.get("impl") == "triton":
-        pytest.skip("on a GPU machine CPU tensors are the only refused case; covered elsewhere")
+def test_bad_arguments_are_refused_with_the_reason(changes, message):
     with pytest.raises(ValueError, match=message):
         bad(**changes)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longnet.attention import fused, strided
+from longnet.attention import strided
 from longnet.attention.reference import dilated_attention_reference
 from longnet.patterns import DilatedPattern
 from longnet.shapes import Keys, Lengths, LogSumExp, Queries
 
-Impl = Literal["triton", "strided", "reference"]
+Impl = Literal["strided", "reference"]
 
 
 class AttentionOutput(NamedTuple):
@@ -49,7 +49,7 @@ def dilated_attention(
         scale: factor on q.k; 1 / sqrt(D) if None.
         lengths: (B,) integers; tokens at or beyond a sequence's length are no keys, and as queries give out 0, lse -inf.
         start: global position of k[:, 0]; the pattern is laid over global positions.
-        impl: None picks the best path (`explain` says which and why); "triton", "strided", "reference" obey or raise.
+        impl: None picks the best path (`explain` says which and why); "strided", "reference" obey or raise.
 
     Returns:
         AttentionOutput(out, lse).
@@ -64,9 +64,9 @@ def dilated_attention(
         torch.Size([1, 100, 4, 16])
     """
     _check(q, k, v, pattern, causal, lengths, start, impl)
-    chosen, reason = _choose(q, k, v, pattern, lengths)
+    chosen, reason = _choose(q, k, v)
     if impl is not None and impl != chosen:
-        reason = _unsupported(impl, q, k, v, pattern)
+        reason = _unsupported(impl, q, k, v)
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run here: {reason}; leave impl=None to use {chosen!r}")
         chosen = impl
@@ -74,45 +74,32 @@ def dilated_attention(
     if chosen == "reference":
         return AttentionOutput(*dilated_attention_reference(q, k, v, pattern, causal, scale, lengths, start))
     spec = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
-    return AttentionOutput(*_forward(q, k, v, lengths, *spec, causal, scale, start, chosen))
+    return AttentionOutput(*_forward(q, k, v, lengths, *spec, causal, scale, start))
 
 
 def explain(q: Queries, k: Keys, v: Keys, pattern: DilatedPattern, *, lengths: Lengths | None = None) -> str:
     """Which path `dilated_attention` takes for these tensors, and for every path why it can or cannot run."""
-    chosen, reason = _choose(q, k, v, pattern, lengths)
+    chosen, reason = _choose(q, k, v)
     lines = [f"dilated_attention takes impl={chosen!r}: {reason}"]
-    for impl in ("triton", "strided", "reference"):
-        lines.append(f"  {impl}: {_unsupported(impl, q, k, v, pattern) or 'can run'}")
+    for impl in ("strided", "reference"):
+        lines.append(f"  {impl}: {_unsupported(impl, q, k, v) or 'can run'}")
     return "\n".join(lines)
 
 
-def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern) -> str | None:
-    if impl == "triton":
-        return fused.unsupported(q, k, v, pattern)
+def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return strided.unsupported(q, k, v) if impl == "strided" else None
 
 
-def _choose(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, lengths: Tensor | None
-) -> tuple[str, str]:
-    """(path, why): cuDNN over strided views where it was measured fastest, Triton on other GPUs, the library on CPU."""
-    no_strided = strided.unsupported(q, k, v)
-    if q.device.type != "cuda":
-        return (
-            ("strided", "library attention over strided views")
-            if no_strided is None
-            else ("reference", no_strided)
-        )
-    no_triton = fused.unsupported(q, k, v, pattern)
-    if no_strided is None and lengths is None and q.shape[1] == k.shape[1] and strided.has_cudnn(q):
-        return "strided", "cuDNN over strided views is the fastest measured path on this GPU"
-    if no_triton is None:
-        return "triton", "fused kernels over strides" + (f" (strided: {no_strided})" if no_strided else "")
-    return (
-        ("strided", f"triton: {no_triton}")
-        if no_strided is None
-        else ("reference", f"{no_triton}; {no_strided}")
-    )
+def _choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
+    """(path, why): library attention over strided views wherever the library takes these tensors."""
+    reason = strided.unsupported(q, k, v)
+    if reason is not None:
+        return "reference", reason
+    if q.is_cuda:
+        return "strided", "cuDNN over strided views" if strided.has_cudnn(
+            q
+        ) else "FlashAttention over strided views"
+    return "strided", "library attention over strided views"
 
 
 def _check(
@@ -154,8 +141,8 @@ def _check(
         )
     if start < 0:
         raise ValueError(f"start: expected a position >= 0; got {start}")
-    if impl not in (None, "triton", "strided", "reference"):
-        raise ValueError(f"impl: expected None, 'triton', 'strided' or 'reference'; got {impl!r}")
+    if impl not in (None, "strided", "reference"):
+        raise ValueError(f"impl: expected None, 'strided' or 'reference'; got {impl!r}")
     if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.is_floating_point()):
         raise ValueError(
             f"lengths: expected {q.shape[0]} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}"
@@ -174,11 +161,9 @@ def _forward(
     causal: bool,
     scale: float,
     start: int,
-    impl: str,
 ) -> tuple[Tensor, Tensor]:
     pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)  # type: ignore[arg-type]
-    path: Any = fused if impl == "triton" else strided
-    return path.forward(q, k, v, lengths, pattern, causal, scale, start)
+    return strided.forward(q, k, v, lengths, pattern, causal, scale, start)
 
 
 @torch.library.custom_op("longnet::dilated_backward", mutates_args=())
@@ -197,15 +182,13 @@ def _backward(
     causal: bool,
     scale: float,
     start: int,
-    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)  # type: ignore[arg-type]
-    path: Any = fused if impl == "triton" else strided
-    return path.backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)
+    return strided.backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)
 
 
 @_forward.register_fake
-def _(q, k, v, lengths, segment_lengths, dilation_rates, head_offsets, causal, scale, start, impl):
+def _(q, k, v, lengths, segment_lengths, dilation_rates, head_offsets, causal, scale, start):
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, num_queries, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_queries), dtype=statistics)
@@ -227,7 +210,7 @@ def _autograd_backward(ctx, dout, dlse):
     q, k, v, lengths, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     gradients = _backward(dout, dlse, q, k, v, out, lse, lengths, *ctx.spec)
-    return (*gradients, *[None] * 8)
+    return (*gradients, *[None] * 7)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

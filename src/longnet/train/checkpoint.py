@@ -40,9 +40,15 @@ def save(root: Path, step: int, tensors: Groups, state: dict[str, Any], keep: in
     try:
         for name, group in tensors.items():
             binding = {"step": str(step), "run": run}
-            save_file({k: v.detach().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors", binding)
+            save_file(
+                {k: v.detach().contiguous() for k, v in group.items()},
+                temporary / f"{name}.safetensors",
+                binding,
+            )
         (temporary / "state.json").write_text(json.dumps(state))
-        files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        files = {
+            p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())
+        }
         manifest = {"format": FORMAT, "step": step, "run": run, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         for path in (*temporary.iterdir(), temporary):
@@ -68,18 +74,26 @@ def verify(path: Path) -> dict[str, Any]:
         files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
         step, format_ = int(manifest["step"]), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorrupt(f"{path / 'manifest.json'}: expected a readable manifest; got {error!r}") from error
+        raise CheckpointCorrupt(
+            f"{path / 'manifest.json'}: expected a readable manifest; got {error!r}"
+        ) from error
     if format_ != FORMAT or f"step-{step:08d}" != path.name:
-        raise CheckpointCorrupt(f"{path}: expected format {FORMAT} and this step; got format {format_}, step {step}")
+        raise CheckpointCorrupt(
+            f"{path}: expected format {FORMAT} and this step; got format {format_}, step {step}"
+        )
     if "state.json" not in files:
-        raise CheckpointCorrupt(f"{path / 'manifest.json'}: expected state.json among its files; got {sorted(files)}")
+        raise CheckpointCorrupt(
+            f"{path / 'manifest.json'}: expected state.json among its files; got {sorted(files)}"
+        )
     for name, (size, digest) in files.items():
         if Path(name).name != name:
             raise CheckpointCorrupt(f"{path}: expected plain file names; got {name!r}")
         file = path / name
         found = (file.stat().st_size, _sha256(file)) if file.is_file() else (None, None)
         if found != (size, digest):
-            raise CheckpointCorrupt(f"{file}: expected {size} bytes, sha256 {digest}; got {found[0]}, {found[1]}")
+            raise CheckpointCorrupt(
+                f"{file}: expected {size} bytes, sha256 {digest}; got {found[0]}, {found[1]}"
+            )
     return manifest
 
 

@@ -51,7 +51,9 @@ def prepare(
         ValueError: no readable document, an existing output, or bad input under "fail".
     """
     if output.exists():
-        raise ValueError(f"output: expected a path that does not exist; got {output}; remove it or choose another")
+        raise ValueError(
+            f"output: expected a path that does not exist; got {output}; remove it or choose another"
+        )
     report = PreparationReport()
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
@@ -69,9 +71,16 @@ def prepare(
             os.fsync(stream.fileno())
         report.documents, report.tokens = len(offsets) - 1, offsets[-1]
         if not report.documents:
-            raise ValueError(f"expected at least one readable document in {[str(p) for p in inputs]}; bad: {report.bad}")
+            raise ValueError(
+                f"expected at least one readable document in {[str(p) for p in inputs]}; bad: {report.bad}"
+            )
         np.save(temporary / "documents.npy", np.array(offsets, np.int64))
-        meta = {"format": FORMAT, "vocab_size": VOCAB_SIZE, "tokens": report.tokens, "sources": digest.hexdigest()}
+        meta = {
+            "format": FORMAT,
+            "vocab_size": VOCAB_SIZE,
+            "tokens": report.tokens,
+            "sources": digest.hexdigest(),
+        }
         (temporary / "meta.json").write_text(json.dumps(meta))
         os.rename(temporary, output)
     finally:
@@ -138,7 +147,9 @@ class TokenDataset:
             self.documents = np.load(self.path / "documents.npy", allow_pickle=False)
             self.tokens = np.memmap(self.path / "tokens.bin", np.uint16, "r")
         except (OSError, ValueError) as error:
-            raise ValueError(f"expected a directory made by `longnet prepare`; got {path}: {error}") from error
+            raise ValueError(
+                f"expected a directory made by `longnet prepare`; got {path}: {error}"
+            ) from error
         if self.meta.get("format") != FORMAT or len(self.tokens) != self.meta["tokens"]:
             raise ValueError(
                 f"{path}: expected format {FORMAT} and {self.meta.get('tokens')} tokens; got format "
@@ -155,7 +166,9 @@ class TokenDataset:
 class WindowSampler:
     """Shuffled, non-overlapping windows of `window` tokens; every epoch a fresh order at a fresh phase. Resumes exactly."""
 
-    def __init__(self, dataset: TokenDataset, window: int, batch_size: int, seed: int, split: Split = "train") -> None:
+    def __init__(
+        self, dataset: TokenDataset, window: int, batch_size: int, seed: int, split: Split = "train"
+    ) -> None:
         self.tokens, self.window, self.batch_size, self.seed = dataset.split(split), window, batch_size, seed
         self._identity = {"sources": dataset.meta["sources"], "window": window, "seed": seed, "split": split}
         self.per_epoch = (len(self.tokens) - window) // window
@@ -173,7 +186,10 @@ class WindowSampler:
             epoch, position = divmod(i, self.per_epoch)
             if epoch != self._epoch:
                 generator = np.random.default_rng((self.seed, epoch))
-                self._phase, self._order = int(generator.integers(self.window)), generator.permutation(self.per_epoch)
+                self._phase, self._order = (
+                    int(generator.integers(self.window)),
+                    generator.permutation(self.per_epoch),
+                )
                 self._epoch = epoch
             first = self._phase + int(self._order[position]) * self.window
             rows.append(self.tokens[first : first + self.window].astype(np.int64))
@@ -184,7 +200,11 @@ class WindowSampler:
         return {**self._identity, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        differing = [f"{k}: checkpoint {state.get(k)!r}, now {v!r}" for k, v in self._identity.items() if state.get(k) != v]
+        differing = [
+            f"{k}: checkpoint {state.get(k)!r}, now {v!r}"
+            for k, v in self._identity.items()
+            if state.get(k) != v
+        ]
         if differing:
             raise ValueError("expected the data state of this run; differing: " + "; ".join(differing))
         self.drawn = int(state["drawn"])

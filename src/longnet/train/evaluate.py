@@ -47,7 +47,9 @@ def stream(
         ValueError: fewer than two tokens or a chunk below one.
     """
     if len(ids) < 2 or chunk < 1:
-        raise ValueError(f"expected at least two tokens and a chunk of at least one; got {len(ids)} and {chunk}")
+        raise ValueError(
+            f"expected at least two tokens and a chunk of at least one; got {len(ids)} and {chunk}"
+        )
     model.eval()
     parameter = next(model.parameters())
     cache = LongNetCache(model.config, 1, parameter.device, parameter.dtype)
@@ -65,4 +67,6 @@ def stream(
         np.add.at(sums, buckets, losses)
         on_chunk(first + len(losses), cache.nbytes())
     bits = sums / np.diff(borders) / math.log(2)
-    return StreamReport(count, tuple(borders), tuple(bits.tolist()), cache.nbytes(), time.perf_counter() - started)
+    return StreamReport(
+        count, tuple(borders), tuple(bits.tolist()), cache.nbytes(), time.perf_counter() - started
+    )

@@ -89,7 +89,9 @@ class TrainSummary:
     skipped: tuple[str, ...]
 
 
-def train(config: TrainConfig, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> TrainSummary:
+def train(
+    config: TrainConfig, on_event: Callable[[dict[str, Any]], None] = lambda event: None
+) -> TrainSummary:
     """Train until `steps`, or until SIGTERM, SIGINT or SIGUSR1, which save at the next step boundary and return.
 
     A killed run continues from its newest intact checkpoint with the same losses, bit for bit on one device.
@@ -137,7 +139,10 @@ class _Run:
         self.forward = torch.compile(self.model) if config.compile else self.model
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
         self.sampler = WindowSampler(
             TokenDataset(config.data), config.sequence_length, config.batch_size, config.seed
@@ -214,7 +219,11 @@ class _Run:
             return
         tensors, state = checkpoint.load(path)
         now = _identity(self.config)
-        differing = [f"{k}: checkpoint {state['config'].get(k)!r}, now {now[k]!r}" for k in now if state["config"].get(k) != now[k]]
+        differing = [
+            f"{k}: checkpoint {state['config'].get(k)!r}, now {now[k]!r}"
+            for k in now
+            if state["config"].get(k) != now[k]
+        ]
         if differing:
             raise ValueError(
                 f"{path} belongs to another configuration; differing: {'; '.join(differing)}; use another output folder"
