@@ -145,7 +145,7 @@ def report(facts: dict, rows: list[dict], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--impl", nargs="*", default=["auto"], choices=["auto", "triton", "strided"])
+    parser.add_argument("--impl", nargs="*", default=["auto"], choices=["auto", "strided"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="one tiny case")
     parser.add_argument(

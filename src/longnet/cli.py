@@ -214,10 +214,12 @@ def bench(
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     q, k, v = (torch.randn(1, tokens, heads, head_width, device=device, dtype=dtype) for _ in range(3))
     pattern = DilatedPattern.geometric(tokens, window)
-    by_head = [x.transpose(1, 2) for x in (q, k, v)]
+    by_head = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     runs = {
         "dilated": lambda: dilated_attention(q, k, v, pattern),
-        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True),
+        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(
+            by_head[0], by_head[1], by_head[2], is_causal=True
+        ),
     }
     print(f"{device}, {dtype}, {tokens} tokens, {heads} heads of {head_width}, {pattern.branches}")
     for name, run in runs.items():
@@ -299,7 +301,9 @@ def _load(path: Path) -> LongNetForCausalLM:
             f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LongNetForCausalLM.from_pretrained(path).to(device)
+    model = LongNetForCausalLM.from_pretrained(path)
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def _bytes_of(file: Path, max_bytes: int | None) -> np.ndarray:

@@ -47,7 +47,7 @@ class LongNetConfig(PreTrainedConfig):
         segment_lengths, dilation_rates, head_offsets: the `DilatedPattern`.
         bidirectional: every token sees both directions of its segments (no cache, no causal
             language modelling).
-        attention_impl: None picks the best path; "triton", "strided" or "reference" obeys or
+        attention_impl: None picks the best path; "strided" or "reference" obeys or
             raises.
 
     Example:
@@ -79,7 +79,7 @@ class LongNetConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    attention_impl: Literal["triton", "strided", "reference"] | None = None
+    attention_impl: Literal["strided", "reference"] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._require_positive("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -117,9 +117,9 @@ class LongNetConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"expected an even head_dim (rotary turns pairs); got {self.head_dim}")
-        if self.attention_impl not in (None, "triton", "strided", "reference"):
+        if self.attention_impl not in (None, "strided", "reference"):
             raise ValueError(
-                "expected attention_impl None, 'triton', 'strided' or 'reference'; got"
+                "expected attention_impl None, 'strided' or 'reference'; got"
                 f" {self.attention_impl!r}; None picks the best path"
             )
         for name in ("rope_theta", "rms_norm_eps"):

@@ -133,7 +133,8 @@ class _Run:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
         torch.manual_seed(config.seed)
-        self.model = LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model)).to(self.device)
+        self.model = LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
+        torch.nn.Module.to(self.model, self.device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.forward = torch.compile(self.model) if config.compile else self.model
@@ -201,12 +202,12 @@ class _Run:
     def save(self) -> None:
         states = self.optimizer.state_dict()["state"]
         moments = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
-        weights = {name: p for name, p in self.model.named_parameters()}
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {"step": self.step, "data": self.sampler.state_dict(), "config": _identity(self.config)}
-        groups = {"weights": weights, "optimizer": moments, "random": random}
+        groups: checkpoint.Groups = {"weights": weights, "optimizer": moments, "random": random}
         checkpoint.save(self.config.output / "checkpoints", self.step, groups, state, self.config.keep)
 
     def restore(self) -> None:
