@@ -60,10 +60,10 @@ def prepare(
     offsets, digest = [0], hashlib.sha256()
     try:
         with open(temporary / "tokens.bin", "wb") as stream:
-            for source, document in _documents(_files(inputs, suffixes), report, on_bad):
+            for _, document in _documents(_files(inputs, suffixes), report, on_bad):
                 ids = np.append(encode(document), np.uint16(EOS))
                 stream.write(ids.tobytes())
-                digest.update(f"{source}\0{len(ids)}\0".encode())
+                digest.update(ids.tobytes())
                 offsets.append(offsets[-1] + len(ids))
                 if max_bytes is not None and offsets[-1] >= max_bytes:
                     break
@@ -82,6 +82,10 @@ def prepare(
             "sources": digest.hexdigest(),
         }
         (temporary / "meta.json").write_text(json.dumps(meta))
+        for path in (temporary / "documents.npy", temporary / "meta.json", temporary):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -112,6 +116,8 @@ def _documents(files: Iterator[Path], report: PreparationReport, on_bad: str) ->
             continue
         lines = path.name.removesuffix(".gz").endswith(".jsonl")
         for number, part in enumerate(data.splitlines() if lines else [data], 1):
+            if lines and not part.strip():
+                continue
             name = f"{path}:{number}" if lines else str(path)
             try:
                 document = json.loads(part)["text"].encode() if lines else part
@@ -146,21 +152,30 @@ class TokenDataset:
             self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
             self.documents = np.load(self.path / "documents.npy", allow_pickle=False)
             self.tokens = np.memmap(self.path / "tokens.bin", np.uint16, "r")
-        except (OSError, ValueError) as error:
+            expected = (FORMAT, int(self.meta["tokens"]), int(self.documents[-1]))
+            found = (self.meta["format"], len(self.tokens), len(self.tokens))
+            str(self.meta["sources"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"expected a directory made by `longnet prepare`; got {path}: {error}"
+                f"expected a directory made by `longnet prepare`; got {path}: {error!r}; prepare it again"
             ) from error
-        if self.meta.get("format") != FORMAT or len(self.tokens) != self.meta["tokens"]:
+        if expected != found:
             raise ValueError(
-                f"{path}: expected format {FORMAT} and {self.meta.get('tokens')} tokens; got format "
-                f"{self.meta.get('format')} and {len(self.tokens)} tokens; prepare it again"
+                f"{path}: expected format {expected[0]} and {expected[1]} tokens (documents end at {expected[2]}); got "
+                f"format {found[0]} and {found[1]} tokens; prepare it again"
             )
         border = int(np.searchsorted(self.documents, len(self.tokens) * (1 - validation_fraction)))
         self._border = int(self.documents[min(border, len(self.documents) - 1)])
 
     def split(self, split: Split) -> np.ndarray:
         """The tokens of a split, as a view on the file."""
-        return self.tokens[: self._border] if split == "train" else self.tokens[self._border :]
+        tokens = self.tokens[: self._border] if split == "train" else self.tokens[self._border :]
+        if not len(tokens):
+            raise ValueError(
+                f"expected at least one whole document in the {split!r} split; got {len(self.documents) - 1} documents in all, "
+                "the last of them too long; prepare more documents or change validation_fraction"
+            )
+        return tokens
 
 
 class WindowSampler:
@@ -170,7 +185,13 @@ class WindowSampler:
         self, dataset: TokenDataset, window: int, batch_size: int, seed: int, split: Split = "train"
     ) -> None:
         self.tokens, self.window, self.batch_size, self.seed = dataset.split(split), window, batch_size, seed
-        self._identity = {"sources": dataset.meta["sources"], "window": window, "seed": seed, "split": split}
+        self._identity = {
+            "sources": dataset.meta["sources"],
+            "window": window,
+            "seed": seed,
+            "split": split,
+            "tokens": len(self.tokens),
+        }
         self.per_epoch = (len(self.tokens) - window) // window
         if window < 2 or batch_size < 1 or self.per_epoch < 1:
             raise ValueError(

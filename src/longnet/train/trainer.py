@@ -71,7 +71,7 @@ class TrainConfig:
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest intact checkpoint in the output folder, if there is one."""
+    """auto: continue from the newest intact checkpoint in the output folder; never: refuse a folder that has one."""
     device: str = "auto"
     """auto: CUDA where there is one, else CPU."""
 
@@ -212,9 +212,16 @@ class _Run:
 
     def restore(self) -> None:
         """Continue from the newest intact checkpoint; drop metrics of steps that will be taken again."""
-        path = None
-        if self.config.resume == "auto":
-            path, self.skipped = checkpoint.newest(self.config.output / "checkpoints")
+        folder = self.config.output / "checkpoints"
+        path, self.skipped = checkpoint.newest(folder)
+        if path is not None and self.config.resume == "never":
+            raise ValueError(
+                f'resume="never": expected an output folder without checkpoints; got {path}; use another folder'
+            )
+        if path is None and self.skipped:
+            raise ValueError(
+                f"expected an intact checkpoint in {folder}; got only damaged ones: {'; '.join(self.skipped)}"
+            )
         if path is None:
             self.metrics.write_text("")
             return
