@@ -53,7 +53,7 @@ class TrainConfig:
     warmup: int = 50
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
     weight_decay: float = 0.1
-    """On matrices only; not on norms."""
+    """On matrices only; not on norms and embeddings."""
     clip: float = 1.0
     """Largest gradient norm."""
     bf16: bool = True
@@ -138,8 +138,9 @@ class _Run:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.forward = torch.compile(self.model) if config.compile else self.model
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        others = [p for p in self.model.parameters() if p.dim() < 2]
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
+        others = [p for p in self.model.parameters() if p.dim() < 2 or id(p) in embeddings]
         groups = [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
