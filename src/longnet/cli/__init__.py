@@ -1,0 +1,34 @@
+"""The command line, and the only place that prints. The configurations are the options; docstrings are the help."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+import longnet
+from longnet.cli.demo import demo
+from longnet.cli.machine import bench, doctor, explain
+from longnet.cli.read import evaluate, generate
+from longnet.cli.train import prepare, train
+from longnet.train import NonFiniteLoss
+
+COMMANDS = {
+    "prepare": prepare,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "explain": explain,
+    "doctor": doctor,
+    "bench": bench,
+    "demo": demo,
+}
+
+
+def main() -> None:
+    """Entry point of the command `longnet`. User errors are one line on standard error and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="longnet", description=longnet.__doc__)
+    except (ValueError, OSError, NonFiniteLoss) as error:
+        print(f"longnet: {error}", file=sys.stderr)
+        sys.exit(2)

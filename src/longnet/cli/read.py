@@ -1,0 +1,113 @@
+"""The commands that read and write text with a model: eval, generate."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from longnet import text
+from longnet.cli.models import load_model
+from longnet.generate import generate as generate_ids
+from longnet.model import LongNetCache, LongNetForCausalLM
+from longnet.train.evaluate import StreamReport, stream
+
+
+def evaluate(model: Path, file: Path, chunk: int = 4096, max_bytes: int | None = None) -> None:
+    """Read a file of any length as a stream and report bits per byte by position, with memory that stays flat.
+
+    Args:
+        model: Folder of a trained model.
+        file: The text.
+        chunk: Tokens read at once.
+        max_bytes: Stop after this much of the file.
+    """
+    print_report(stream_with_bar(load_model(model), _bytes_of(file, max_bytes), chunk))
+
+
+def stream_with_bar(model: LongNetForCausalLM, ids: np.ndarray, chunk: int) -> StreamReport:
+    with tqdm(total=len(ids) - 1, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+
+        def show(tokens: int, cache_bytes: int) -> None:
+            bar.update(tokens - bar.n)
+            bar.set_postfix_str(f"cache {cache_bytes / 2**20:.2f} MiB")
+
+        return stream(model, ids, chunk=chunk, on_chunk=show)
+
+
+def print_report(report: StreamReport) -> None:
+    print(f"{'positions':>22}  bits per byte")
+    for low, high, bits in zip(report.borders, report.borders[1:], report.bits_per_byte, strict=False):
+        print(f"{low:>10} - {high - 1:>9}  {bits:.3f}")
+    rate = report.tokens / report.seconds
+    print(
+        f"{report.tokens} tokens, mean {report.mean:.3f}, {rate:,.0f} tokens/s, cache {report.cache_bytes} bytes"
+    )
+
+
+def generate(
+    model: Path,
+    prompt: str | None = None,
+    prompt_file: Path | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int | None = None,
+    cache_in: Path | None = None,
+    cache_out: Path | None = None,
+) -> None:
+    """Continue a text of any length; the continuation is printed as it is written.
+
+    Args:
+        model: Folder of a trained model.
+        prompt: The text to continue; or use --prompt-file.
+        prompt_file: A file to continue; "-" reads standard input.
+        max_new_tokens: Bytes to write.
+        temperature: 0 always takes the likeliest byte.
+        top_k: Sample among the k likeliest.
+        top_p: Sample among the fewest bytes that hold this much probability.
+        seed: Makes the result repeatable.
+        cache_in: Continue what was read before: a file made by --cache-out.
+        cache_out: Save what was read and written, to ask again later without reading again.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("expected either --prompt or --prompt-file; got both or neither")
+    network = load_model(model)
+    if prompt is not None:
+        data = prompt.encode("utf-8", "surrogateescape")
+    else:
+        data = sys.stdin.buffer.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_bytes()
+    ids = torch.from_numpy(text.encode(data).astype(np.int64))[None].to(network.device)
+    cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None
+    decoder = text.StreamDecoder()
+    result = generate_ids(
+        network,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        cache=cache,
+        eos_token_id=text.EOS,
+        on_token=lambda _, token: print(decoder.feed([token]), end="", flush=True),
+    )
+    print(decoder.feed([], final=True))
+    if cache_out:
+        result.cache.save(cache_out)
+
+
+def _bytes_of(file: Path, max_bytes: int | None) -> np.ndarray:
+    """uint16 ids of a file, held on disk: a file of any size takes no memory here."""
+    source = np.memmap(file, np.uint8, "r")[:max_bytes]
+    with tempfile.TemporaryFile() as scratch:
+        ids = np.memmap(scratch, np.uint16, "w+", shape=source.shape)
+        for first in range(0, len(source), 1 << 24):
+            part = source[first : first + (1 << 24)]
+            ids[first : first + len(part)] = part.astype(np.uint16) + text.FIRST_BYTE
+    return ids

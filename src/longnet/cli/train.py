@@ -1,0 +1,55 @@
+"""The commands that make a model: prepare, train."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from longnet.train import TrainConfig, TrainSummary
+from longnet.train import train as train_model
+from longnet.train.data import prepare as prepare_data
+
+
+def prepare(
+    inputs: tyro.conf.Positional[tuple[Path, ...]],
+    output: Path,
+    on_bad: Literal["skip", "fail"] = "skip",
+    max_bytes: int | None = None,
+) -> None:
+    """Turn text files and folders into a token directory for training.
+
+    Args:
+        inputs: Files or folders: .txt, .md, .py, .jsonl (field "text"), gzipped or not.
+        output: The directory to make.
+        on_bad: What to do with empty, binary, undecodable or truncated inputs.
+        max_bytes: Stop after this much text.
+    """
+    report = prepare_data(list(inputs), output, on_bad=on_bad, max_bytes=max_bytes)
+    for problem in report.bad:
+        print(f"skipped {problem}", file=sys.stderr)
+    print(f"{report.documents} documents, {report.tokens} tokens, {len(report.bad)} skipped -> {output}")
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a model; continues by itself from the newest intact checkpoint in the output folder."""
+    summary = train_with_bar(config)
+    for reason in summary.skipped:
+        print(f"passed over a damaged checkpoint: {reason}", file=sys.stderr)
+    state = "finished" if summary.finished else "stopped; run the same command to continue"
+    print(f"step {summary.step}, loss {summary.loss:.4f} nats, {summary.seconds:.0f} s: {state}")
+
+
+def train_with_bar(config: TrainConfig) -> TrainSummary:
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+
+        def show(event: dict) -> None:
+            bar.update(event["step"] - bar.n)
+            bar.set_postfix_str(
+                f"{event['bits_per_byte']:.2f} bits/byte, {event['tokens_per_second']:,.0f} tokens/s"
+            )
+
+        return train_model(config, show)
