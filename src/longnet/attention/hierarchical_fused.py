@@ -200,7 +200,7 @@ def backward(
     cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
         q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
         *_strides(q_local), *_strides(k_local), *_strides(v), *_strides(q), *sizes,
-        BN=32, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+        BN=64, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
     )  # fmt: skip
     dk_local, dv = _like(k), torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
     cover.window_dkv[(blocks, shape.key_heads, shape.batch)](

@@ -142,7 +142,7 @@ def cover_dq(
 ):  # fmt: skip
     """Gradients of the local queries, and if LISTS of the far queries and (per query) of the level biases.
 
-    dbias (B, N, H, levels) receives the sums of the logit gradients of every level.
+    dbias (B, N, H, levels), zeros, receives the sums of the logit gradients of every level.
     """
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) * HG
@@ -188,27 +188,25 @@ def cover_dq(
     if LISTS:
         qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
         acc = tl.zeros((BLOCK * HG, BD), tl.float32)
-        hi = first
-        for level in range(levels):
-            lo = list_begin(hi, level, levels, RADIX, GUARD)
-            sums = tl.zeros((BLOCK * HG,), tl.float32)
-            offset = tl.load(offsets + level)
-            bias_of_level = tl.load(level_bias + heads * levels + level)
-            for begin in range(lo, hi, BN):
-                c = begin + tl.arange(0, BN)
-                ok = c < hi
-                node_row = (b * num_nodes + offset + c) * num_key_heads + kh
-                kt = tl.load(kbar + node_row[:, None] * D + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
-                vt = tl.load(vbar + node_row[None, :] * D + d[:, None], ok[None, :] & (d < D)[:, None], 0.0)
-                bias = tl.load(entropy + node_row, ok, 0.0)[None, :] + bias_of_level[:, None]
-                s = tl.dot(qf, tl.trans(kt), input_precision=PREC) * scale2 + bias * 1.4426950408889634
-                p = tl.where(ok[None, :], tl.exp2(s - lse2[:, None]), 0.0)
-                ds = p * (tl.dot(do, vt, input_precision=PREC) - dl[:, None])
-                acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-                sums += tl.sum(ds, 1)
-            at_bias = ((b * num_tokens + token) * num_heads + heads) * levels + level
-            tl.store(dbias + at_bias, sums, token_ok)
-            hi = lo // RADIX
+        listed = count_listed(first, levels, RADIX, GUARD)
+        at_bias = ((b * num_tokens + token) * num_heads + heads) * levels
+        for begin in range(0, listed, BN):
+            c = begin + tl.arange(0, BN)
+            node, level = listed_nodes(c, first, offsets, levels, RADIX, GUARD)
+            node_row = (b * num_nodes + node) * num_key_heads + kh
+            ok = c < listed
+            k_far = tl.load(kbar + node_row[:, None] * D + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
+            v_far = tl.load(vbar + node_row[None, :] * D + d[:, None], ok[None, :] & (d < D)[:, None], 0.0)
+            bias = tl.load(entropy + node_row, ok, 0.0)[None, :]
+            bias += tl.load(level_bias + heads[:, None] * levels + level[None, :])
+            s_far = tl.dot(qf, tl.trans(k_far), input_precision=PREC) * scale2 + bias * 1.4426950408889634
+            p_far = tl.where(ok[None, :], tl.exp2(s_far - lse2[:, None]), 0.0)
+            ds_far = p_far * (tl.dot(do, v_far, input_precision=PREC) - dl[:, None])
+            acc = tl.dot(ds_far.to(k_far.dtype), k_far, acc, input_precision=PREC)
+            for at_level in range(levels):
+                sums = tl.sum(tl.where(level[None, :] == at_level, ds_far, 0.0), 1)
+                so_far = tl.load(dbias + at_bias + at_level, token_ok, 0.0)
+                tl.store(dbias + at_bias + at_level, so_far + sums, token_ok)
         tl.store(dq + at_out * D + d[None, :], (acc * scale).to(dq.dtype.element_ty), row_ok)
 
 

@@ -16,21 +16,6 @@ from longnet.kernels.opened_forward import gathered_dot, load_rows
 
 
 @triton.jit
-def gathered_product(
-    weights, base, index, ok, stride, acc_base, at_row, row_stride, row_ok, scale,
-    D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """acc += scale * weights @ matrix[index], acc (R, D) fp32 in memory that this program alone owns."""
-    for c0 in tl.static_range(0, BD, CHUNK):
-        d = c0 + tl.arange(0, CHUNK)
-        kt = tl.load(base + index.to(tl.int64)[:, None] * stride + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
-        o = tl.dot(weights.to(kt.dtype), kt, input_precision=PREC) * scale
-        at = acc_base + at_row[:, None] * row_stride + d[None, :]
-        mask = row_ok[:, None] & (d < D)[None, :]
-        tl.store(at, tl.load(at, mask, 0.0) + o, mask)
-
-
-@triton.jit
 def opened_dq(
     q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, opened, base_bits, child_bits,
     dout, lse, delta, dq, dbias, dmix,
@@ -91,21 +76,21 @@ def opened_dq(
             sums = tl.sum(ds, 1)
             if level < levels - 1:
                 parent = tl.load(opened + (slot + level + 1) * WIDTH + c_child // RADIX)
-                ok = parent >= 0
-                node = offset + parent * RADIX + c_child % RADIX
-                bits = tl.load(child_bits + (slot + level) * BEAM + c_child // RADIX)
-                keep = ok & (((bits >> (c_child % RADIX)) & 1) == 0)
-                s = gathered_dot(q_base, sqh, head, g_ok, kbar_base, node, ok, node_stride,
-                                 GP, BEAM * RADIX, D, BD, CHUNK, PREC)  # fmt: skip
-                h = tl.load(entropy_base + node * num_key_heads, ok, 0.0) * LOG2E
-                p = tl.exp2(s * (scale * LOG2E) + h[None, :] + (bias - lse2)[:, None])
-                p = tl.where(keep[None, :], p, 0.0)
-                dp = gathered_dot(do_base, D, head, g_ok, vbar_base, node, ok, node_stride,
-                                  GP, BEAM * RADIX, D, BD, CHUNK, PREC)  # fmt: skip
-                ds = p * (dp - dl[:, None])
-                sums += tl.sum(ds, 1)
-                kt = load_rows(kbar_base, node, ok, node_stride, d, D)
-                acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+                child_ok = parent >= 0
+                child = offset + parent * RADIX + c_child % RADIX
+                child_mask = tl.load(child_bits + (slot + level) * BEAM + c_child // RADIX)
+                child_keep = child_ok & (((child_mask >> (c_child % RADIX)) & 1) == 0)
+                s_child = gathered_dot(q_base, sqh, head, g_ok, kbar_base, child, child_ok, node_stride,
+                                       GP, BEAM * RADIX, D, BD, CHUNK, PREC)  # fmt: skip
+                h_child = tl.load(entropy_base + child * num_key_heads, child_ok, 0.0) * LOG2E
+                p_child = tl.exp2(s_child * (scale * LOG2E) + h_child[None, :] + (bias - lse2)[:, None])
+                p_child = tl.where(child_keep[None, :], p_child, 0.0)
+                dp_child = gathered_dot(do_base, D, head, g_ok, vbar_base, child, child_ok, node_stride,
+                                        GP, BEAM * RADIX, D, BD, CHUNK, PREC)  # fmt: skip
+                ds_child = p_child * (dp_child - dl[:, None])
+                sums += tl.sum(ds_child, 1)
+                k_child = load_rows(kbar_base, child, child_ok, node_stride, d, D)
+                acc = tl.dot(ds_child.to(k_child.dtype), k_child, acc, input_precision=PREC)
             tl.store(dbias + at_scalar * levels + level, sums, g_ok)
         beta = tl.load(router_mix + head, g_ok, 1.0)
         bias = tl.load(level_bias + head * levels, g_ok, 0.0) * LOG2E

@@ -157,8 +157,8 @@ def opened_forward(
             vt = load_rows(vbar_base, offset + base_node, base_ok, node_stride, d, D)
             o = tl.dot(p_base.to(vt.dtype), vt, input_precision=PREC)
             if level < levels - 1:
-                vt = load_rows(vbar_base, offset + child_node, child_ok, node_stride, d, D)
-                o = tl.dot(p_child.to(vt.dtype), vt, o, input_precision=PREC)
+                vt_child = load_rows(vbar_base, offset + child_node, child_ok, node_stride, d, D)
+                o = tl.dot(p_child.to(vt_child.dtype), vt_child, o, input_precision=PREC)
             acc = acc * rescale[:, None] + o * part[:, None]
             m = new
         beta = tl.load(router_mix + head, g_ok, 1.0)
