@@ -54,9 +54,7 @@ def main() -> None:
                 end.synchronize()
                 seconds += begin.elapsed_time(end) / 1e3
             token = torch.randint(4, 260, (1, 1), device="cuda")
-            step = timed(
-                lambda token=token: model(token, past_key_values=cache, use_cache=True), 60, "cuda"
-            )
+            step = timed(lambda token=token: model(token, past_key_values=cache, use_cache=True), 60, "cuda")
             row = {"tokens": target, "step_ms": step, "cache_bytes": cache.nbytes()}
             row["formula_bytes"] = (
                 pattern.cache_entries(config.num_attention_heads, config.num_key_value_heads)
