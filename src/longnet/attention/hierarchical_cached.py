@@ -82,13 +82,8 @@ class HierarchicalState:
         first = tuple(self._count(level) - len(self.levels[level][0]) for level in range(levels))
         k, k_local, v = (rows.live for rows in self.tokens)
         # A stream drops whole blocks of tokens, so leaves stay aligned.
-        far = Far(
-            k,
-            v,
-            [tuple(x.live for x in level) for level in self.levels[:levels]],
-            self.position - len(self.tokens[0]),
-            first,
-        )  # type: ignore[arg-type]
+        live: list = [tuple(x.live for x in level) for level in self.levels[:levels]]
+        far = Far(k, v, live, self.position - len(self.tokens[0]), first)
         out, _ = hierarchical_torch.attend(
             step.q, step.q_local, k_local, far, self.pattern, True, parameters, self.position, start
         )
@@ -117,7 +112,8 @@ class HierarchicalState:
                 oldest = self._count(level - 1) - len(below[0])
                 part = slice(begin - oldest, begin - oldest + new * children)
                 source = tuple(x.live[:, part] for x in below)
-            for kept, x in zip(rows, pool(*source, new, children), strict=True):
+            pooled = pool(source[0], source[1], source[2], source[3], new, children)
+            for kept, x in zip(rows, pooled, strict=True):
                 kept.append(x)
             self._dropped[level] = self._count(level) - len(rows[0])
 

@@ -55,8 +55,8 @@ def build_pyramid(
     for size, children in zip(sizes, [block, *[radix] * (len(sizes) - 1)], strict=True):
         keys, values, mass, entropy = pool(keys, values, mass, entropy, size, children)
         levels.append((keys, values, mass, entropy))
-    parts = [torch.cat(x, 1) for x in zip(*levels, strict=True)]
-    return Pyramid(*parts, tuple(sizes))
+    kbar, vbar, masses, entropies = (torch.cat(x, 1) for x in zip(*levels, strict=True))
+    return Pyramid(kbar, vbar, masses, entropies, tuple(sizes))
 
 
 def token_mass(k: Tensor, prior_query: Tensor | None, scale: float) -> Tensor:

@@ -65,7 +65,7 @@ class LongNetCache:
         self._host = [0] * batch_size
         self._lengths: tuple[Tensor, list[int]] | None = None
         kinds = getattr(config, "attention_kinds", lambda: ["dilated"] * config.num_hidden_layers)()
-        tree = config.hierarchical_pattern() if "hierarchical" in kinds else None
+        tree: Any = config.hierarchical_pattern() if "hierarchical" in kinds else None
         self.layers: list[Any] = [
             [self._pair(batch_size, 0, branch) for branch in self.pattern.branches]
             if kind == "dilated"

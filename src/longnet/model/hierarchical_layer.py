@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet.attention.hierarchical import hierarchical_attention
+from longnet.attention.hierarchical import HierarchicalImpl, hierarchical_attention
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_torch import Parameters
 from longnet.model.layers import LongNetRMSNorm, apply_rotary
@@ -34,7 +34,7 @@ class LongNetHierarchicalAttention(nn.Module):
         self.head_dim = config.head_dim
         self.pattern = config.hierarchical_pattern()
         self.causal = not config.bidirectional
-        self.impl = "reference" if config.attention_impl == "reference" else None
+        self.impl: HierarchicalImpl | None = "reference" if config.attention_impl == "reference" else None
         width = (self.heads + 2 * self.key_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
