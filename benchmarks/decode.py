@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="a tiny model and stream: a smoke test, no claim"
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode"))
     options = parser.parse_args()
     window, size = 2048, SIZE
     if options.small:
@@ -146,9 +146,9 @@ def main() -> None:
             f"  far / near {row['far_over_near']:.3f}; cache {row['cache_bytes_far']} bytes, formula "
             f"{row['cache_bytes_formula']}: {'equal' if row['cache_matches_formula'] else 'NOT EQUAL'}"
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     facts = environment(options.device) | {"model": size, "chunk": options.chunk, "steps": options.steps}
-    options.out.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1))
+    (options.out / "results.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def device(request):
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch, request):
     """Fill torch.empty* with NaN in attention and kernel tests: reading unwritten memory fails the test."""
-    if not any(part in str(request.node.path) for part in ("tests/attention", "tests/kernels")):
+    if not any(part in str(request.node.path) for part in ("tests/attention", "tests/kernels", "tests/gpu")):
         return
 
     def poisoned(original):

@@ -80,10 +80,19 @@ def _tile(shape: _Shape, dtype: torch.dtype) -> dict:
     }
 
 
-def _cover_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
-    two = shape.group % 2 == 0 and dtype != torch.float32
-    tile = _tile(shape, dtype) | {"HG": 2 if two else 1, "BLOCK": geometry.block, "WINDOW": geometry.window}
-    return tile | {"num_warps": 8 if two else 4, "num_stages": 2 if two else 3}
+# (heads per program, warps, stages) by kernel, for even groups and for others: the best of a sweep on an H200 (docs/log.md).
+_COVER_TILES = {
+    "forward": ((2, 4, 2), (1, 4, 3)),
+    "dq": ((2, 8, 3), (1, 4, 2)),
+    "dkv": ((1, 4, 2), (1, 4, 2)),
+}
+
+
+def _cover_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
+    even = shape.group % 2 == 0 and dtype != torch.float32
+    heads, warps, stages = _COVER_TILES[kernel][0 if even else 1]
+    tile = _tile(shape, dtype) | {"HG": heads, "BLOCK": geometry.block, "WINDOW": geometry.window}
+    return tile | {"num_warps": warps, "num_stages": stages if dtype != torch.float32 else 1}
 
 
 def _opened_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
@@ -133,7 +142,7 @@ def forward(
     shape = _shape(q, k)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
-    tile = _cover_tile(shape, geometry, q.dtype)
+    tile = _cover_tile(shape, geometry, q.dtype, "forward")
     grid = (-(-shape.tokens // geometry.block), shape.heads // tile["HG"], shape.batch)
     offsets = _offsets(geometry, q.device)
     opening = geometry.top_k > 0 and geometry.sizes[0] > 0
@@ -185,16 +194,13 @@ def backward(
     """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order."""
     shape = _shape(q, k)
     dout = dout.contiguous()
-    delta = torch.einsum("bnhd,bnhd->bhn", dout.float(), out.float())
-    if dlse is not None:
-        delta = delta - dlse
-    delta = delta.contiguous()
+    delta = cover.row_dot(dout, out, dlse)
     offsets = _offsets(geometry, q.device)
     sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
     dq, dq_local = torch.zeros_like(q, memory_format=torch.contiguous_format), _like(q)
     dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
     dmix = torch.zeros(shape.batch, shape.tokens, shape.heads, device=q.device)
-    tile = _cover_tile(shape, geometry, q.dtype)
+    tile = _cover_tile(shape, geometry, q.dtype, "dq")
     blocks = -(-shape.tokens // geometry.block)
     opening = routes is not None
     cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
@@ -203,11 +209,28 @@ def backward(
         BN=64, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
     )  # fmt: skip
     dk_local, dv = _like(k), torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
+    tile = _cover_tile(shape, geometry, q.dtype, "dkv")
     cover.window_dkv[(blocks, shape.key_heads, shape.batch)](
         q_local, k_local, v, dout, lse, delta, dk_local, dv,
         *_strides(q_local), *_strides(k_local), *_strides(v), shape.tokens, shape.heads, shape.key_heads, scale, **tile,
     )  # fmt: skip
-    far = _Far(shape, geometry, scale, q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, dout, lse, delta)
+    far = _Far(
+        shape,
+        geometry,
+        scale,
+        q,
+        k,
+        v,
+        kbar,
+        vbar,
+        entropy,
+        level_bias,
+        router_mix,
+        offsets,
+        dout,
+        lse,
+        delta,
+    )
     dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
     dnodes = far.listed(routes)
     if routes is not None:
@@ -321,7 +344,9 @@ class _Far(NamedTuple):
         _sum(dkv, first_item, total)
         total = total.view(shape.batch, shape.key_heads, leaves, 2, block, width)
         covered = leaves * block
-        dk = torch.zeros(shape.batch, shape.tokens, shape.key_heads, width, dtype=self.k.dtype, device=self.q.device)
+        dk = torch.zeros(
+            shape.batch, shape.tokens, shape.key_heads, width, dtype=self.k.dtype, device=self.q.device
+        )
         dk[:, :covered] = total[:, :, :, 0].flatten(2, 3).transpose(1, 2).to(dk.dtype)
         dv[:, :covered] += total[:, :, :, 1].flatten(2, 3).transpose(1, 2)
         total = torch.empty(shape.pairs * leaves, width + 1, device=self.q.device)
@@ -335,7 +360,9 @@ class _Far(NamedTuple):
 def _sum(partial: Tensor, first_item: Tensor, total: Tensor) -> None:
     width = total.shape[1]
     block = min(1024, triton.next_power_of_2(width))
-    opened_backward.sum_items[(len(total), triton.cdiv(width, block))](partial, first_item, total, width, BW=block)
+    opened_backward.sum_items[(len(total), triton.cdiv(width, block))](
+        partial, first_item, total, width, BW=block
+    )
 
 
 def _sorted_items(opened: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,7 +373,9 @@ def _sorted_items(opened: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     batch, key_heads = opened.shape[:2]
     groups = batch * key_heads * nodes
-    pair = torch.arange(batch * key_heads, dtype=torch.int32, device=opened.device).view(batch, key_heads, 1, 1)
+    pair = torch.arange(batch * key_heads, dtype=torch.int32, device=opened.device).view(
+        batch, key_heads, 1, 1
+    )
     keys = torch.where(opened >= 0, pair * nodes + opened, groups).flatten()
     keys, order = torch.sort(keys, stable=True)
     border = torch.searchsorted(keys, torch.arange(groups + 1, dtype=keys.dtype, device=keys.device))

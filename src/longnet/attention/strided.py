@@ -114,7 +114,7 @@ def forward(
                 out = torch.zeros(q.shape, dtype=keep, device=q.device)
                 shape = (q.shape[0], num_heads, num_queries)
                 lse = torch.full(shape, -torch.inf, dtype=statistics, device=q.device)
-            _merge_rows(_queries(out, call), _statistics(lse, call), partial, partial_lse)
+            merge_rows(_queries(out, call), _statistics(lse, call), partial, partial_lse)
     if out is None or lse is None:
         raise AssertionError("a pattern with rate 1 covers every token")
     return out.to(q.dtype), lse
@@ -353,7 +353,7 @@ def _fills(piece: Piece, q: Tensor, k: Tensor) -> bool:
 
 def _add_rows(total: Tensor, part: Tensor, read: bool) -> None:
     """total <- total + part, or part alone where nothing has been written yet."""
-    if total.is_cuda and _has_triton():
+    if total.is_cuda and has_triton():
         from longnet.kernels.merge import add_rows
 
         add_rows(total, part, read)
@@ -436,12 +436,12 @@ def _cudnn_takes(q: Tensor, k: Tensor) -> bool:
     )
 
 
-def _merge_rows(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
+def merge_rows(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
     """out, lse (views) <- their merge with a partial softmax over other keys, in place."""
-    if out.is_cuda and _has_triton():
-        from longnet.kernels.merge import merge_rows
+    if out.is_cuda and has_triton():
+        from longnet.kernels import merge as kernel
 
-        return merge_rows(out, lse, partial, partial_lse)
+        return kernel.merge_rows(out, lse, partial, partial_lse)
     merged, merged_lse = merge(out, lse, partial, partial_lse.to(lse.dtype))
     out.copy_(merged)
     lse.copy_(merged_lse)
@@ -449,7 +449,7 @@ def _merge_rows(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) 
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     from torch.utils._triton import has_triton
 
     return has_triton()

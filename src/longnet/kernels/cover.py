@@ -6,8 +6,10 @@ nodes (the cover depends on the query's block only), so no tile needs a mask exc
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -240,7 +242,9 @@ def window_dkv(
         at_row = token.to(tl.int64)
         token_ok = token < num_tokens
         row_ok = token_ok[:, None] & (d < D)[None, :]
-        qt = tl.load(q_local + b * sqb + at_row[:, None] * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0)
+        qt = tl.load(
+            q_local + b * sqb + at_row[:, None] * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0
+        )
         at_out = (b * num_tokens + at_row) * num_heads + heads
         do = tl.load(dout + at_out[:, None] * D + d[None, :], row_ok, 0.0)
         at_lse = (b * num_heads + heads) * num_tokens + token
@@ -255,3 +259,32 @@ def window_dkv(
     at_key = ((b * num_tokens + at) * num_key_heads + kh)[:, None] * D + d[None, :]
     tl.store(dk + at_key, (dk_acc * scale).to(dk.dtype.element_ty), at_ok)
     tl.store(dv + at_key, dv_acc.to(dv.dtype.element_ty), at_ok)
+
+
+@triton.jit
+def _row_dot_kernel(
+    a, b, minus, result, num_tokens, num_heads, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MINUS: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    ok = token < num_tokens
+    at = ((i_b * num_tokens + token) * num_heads + h)[:, None] * D + d[None, :]
+    mask = ok[:, None] & (d < D)[None, :]
+    x = tl.sum(tl.load(a + at, mask, 0.0).to(tl.float32) * tl.load(b + at, mask, 0.0).to(tl.float32), 1)
+    at = (i_b * num_heads + h) * num_tokens + token
+    if MINUS:
+        x -= tl.load(minus + at, ok, 0.0)
+    tl.store(result + at, x, ok)
+
+
+def row_dot(a: Tensor, b: Tensor, minus: Tensor | None) -> Tensor:
+    """sum_d a b - minus: a, b (B, N, H, D) contiguous, minus (B, H, N) or None -> (B, H, N) fp32."""
+    batch, tokens, heads, width = a.shape
+    result = torch.empty(batch, heads, tokens, dtype=torch.float32, device=a.device)
+    minus = None if minus is None else minus.contiguous()
+    _row_dot_kernel[(triton.cdiv(tokens, 32), heads, batch)](
+        a, b, result if minus is None else minus, result, tokens, heads,
+        D=width, BD=triton.next_power_of_2(width), BM=32, MINUS=minus is not None, num_warps=4,
+    )  # fmt: skip
+    return result

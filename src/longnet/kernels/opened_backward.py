@@ -159,8 +159,12 @@ def leaf_dkv(
         c = tl.arange(0, BLOCK)
         at = leaf * BLOCK + c
         d_ok = d < D
-        kt = tl.load(k + b * skb + at[:, None] * skn + kh * skh + d[None, :], (c >= 0)[:, None] & d_ok[None, :], 0.0)
-        vt = tl.load(v + b * svb + at[:, None] * svn + kh * svh + d[None, :], (c >= 0)[:, None] & d_ok[None, :], 0.0)
+        kt = tl.load(
+            k + b * skb + at[:, None] * skn + kh * skh + d[None, :], (c >= 0)[:, None] & d_ok[None, :], 0.0
+        )
+        vt = tl.load(
+            v + b * svb + at[:, None] * svn + kh * svh + d[None, :], (c >= 0)[:, None] & d_ok[None, :], 0.0
+        )
         node_row = (b * num_nodes + leaf) * num_key_heads + kh
         kb = tl.load(kbar + node_row * D + d, d_ok, 0.0).to(tl.float32)
         h = tl.load(entropy + node_row) * LOG2E
@@ -177,7 +181,9 @@ def leaf_dkv(
             head = kh * G + at_reader % G
             row_ok = ok[:, None] & d_ok[None, :]
             qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-            do = tl.load(dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0)
+            do = tl.load(
+                dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0
+            )
             at_lse = (b * num_heads + head) * num_tokens + token
             lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
             dl = tl.load(delta + at_lse, ok, 0.0)
@@ -262,18 +268,26 @@ def node_dkv(
             else:
                 entry = tl.load(readers + begin + at_reader // G, ok, 0).to(tl.int64)
                 token = entry // BEAM
-                bits = tl.load(child_bits + ((pair * num_tokens + token) * levels + level) * BEAM + entry % BEAM, ok, 0)
+                bits = tl.load(
+                    child_bits + ((pair * num_tokens + token) * levels + level) * BEAM + entry % BEAM, ok, 0
+                )
                 keep = ((bits[:, None] >> c[None, :]) & 1) == 0
             keep = keep & c_ok[None, :] & ok[:, None]
             head = kh * G + at_reader % G
             row_ok = ok[:, None] & d_ok[None, :]
             qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-            do = tl.load(dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0)
+            do = tl.load(
+                dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0
+            )
             at_lse = (b * num_heads + head) * num_tokens + token
             lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
             dl = tl.load(delta + at_lse, ok, 0.0)
             bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E
-            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + (bias - lse2)[:, None]
+            s = (
+                tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+                + h[None, :]
+                + (bias - lse2)[:, None]
+            )
             p = tl.where(keep, tl.exp2(s), 0.0)
             ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
             dk = tl.dot(tl.trans(ds.to(qt.dtype)), qt, dk, input_precision=PREC)

@@ -16,7 +16,9 @@ from longnet.kernels.cover import list_of_level
 @triton.jit
 def load_rows(base, index, ok, stride, d, D: tl.constexpr):
     """Rows `index` of a matrix with unit last stride, zero where not ok: (len(index), len(d))."""
-    return tl.load(base + index.to(tl.int64)[:, None] * stride + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
+    return tl.load(
+        base + index.to(tl.int64)[:, None] * stride + d[None, :], ok[:, None] & (d < D)[None, :], 0.0
+    )
 
 
 @triton.jit
@@ -28,8 +30,12 @@ def gathered_dot(
     acc = tl.zeros((R, C), tl.float32)
     for c0 in tl.static_range(0, BD, CHUNK):
         d = c0 + tl.arange(0, CHUNK)
-        a = tl.load(rows_base + at_row[:, None] * row_stride + d[None, :], row_ok[:, None] & (d < D)[None, :], 0.0)
-        kt = tl.load(base + index.to(tl.int64)[None, :] * stride + d[:, None], ok[None, :] & (d < D)[:, None], 0.0)
+        a = tl.load(
+            rows_base + at_row[:, None] * row_stride + d[None, :], row_ok[:, None] & (d < D)[None, :], 0.0
+        )
+        kt = tl.load(
+            base + index.to(tl.int64)[None, :] * stride + d[:, None], ok[None, :] & (d < D)[:, None], 0.0
+        )
         acc = tl.dot(a, kt, acc, input_precision=PREC)
     return acc
 
@@ -107,7 +113,9 @@ def opened_forward(
             kt = load_rows(kbar_base, offset + base_node, base_ok, node_stride, d, D)
             qt = tl.load(q_base + head[:, None] * sqh + d[None, :], row_ok, 0.0)
             h = tl.load(entropy_base + (offset + base_node) * num_key_heads, base_ok, 0.0) * LOG2E
-            s_base = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + bias[:, None]
+            s_base = (
+                tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + bias[:, None]
+            )
             s_base = tl.where(base_ok[None, :], s_base, float("-inf"))
             above = tl.minimum(level + 1, levels - 1)
             parent = tl.load(opened + (slot + above) * WIDTH + c_child // RADIX, level < levels - 1, -1)
