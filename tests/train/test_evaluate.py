@@ -25,14 +25,18 @@ def ids():
 
 def parallel(model, ids):
     with torch.no_grad():
-        return model.token_losses(torch.from_numpy(ids.astype(np.int64))[None])[0].double().numpy() / math.log(2)
+        return model.token_losses(torch.from_numpy(ids.astype(np.int64))[None])[
+            0
+        ].double().numpy() / math.log(2)
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 4096])
 def test_a_stream_reports_the_parallel_losses(model, ids, chunk):
     text = ids[:101]
     bits, read = parallel(model, text), []
-    report = stream(model, text, chunk=chunk, first_bucket=16, on_chunk=lambda n, size: read.append((n, size)))
+    report = stream(
+        model, text, chunk=chunk, first_bucket=16, on_chunk=lambda n, size: read.append((n, size))
+    )
     assert report.borders == (0, 16, 32, 64, 100)
     expected = [bits[a:b].mean() for a, b in zip(report.borders, report.borders[1:], strict=False)]
     np.testing.assert_allclose(report.bits_per_byte, expected, rtol=1e-4)
@@ -73,7 +77,8 @@ def test_as_many_windows_as_fit(model, ids):
 
 
 @pytest.mark.parametrize(
-    "change", [{"window": 0}, {"windows": 0}, {"window": 700}, {"chunk": 0}, {"batch_size": 0}, {"first_bucket": 0}]
+    "change",
+    [{"window": 0}, {"windows": 0}, {"window": 700}, {"chunk": 0}, {"batch_size": 0}, {"first_bucket": 0}],
 )
 def test_impossible_windows_are_refused(model, ids, change):
     with pytest.raises(ValueError, match="expected"):

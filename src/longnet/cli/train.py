@@ -58,6 +58,11 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     for reason in summary.skipped:
         print(f"passed over a damaged checkpoint: {reason}", file=sys.stderr)
     state = "finished" if summary.finished else "stopped; run the same command to continue"
+    if summary.finished and summary.plot is None:
+        print(
+            "no loss plot: matplotlib is not installed; pip install 'longnet-attention[plots]'",
+            file=sys.stderr,
+        )
     print(f"step {summary.step}, loss {summary.loss:.4f} nats, {summary.seconds:.0f} s: {state}")
 
 
@@ -66,6 +71,12 @@ def train_with_bar(config: TrainConfig) -> TrainSummary:
 
         def show(event: dict) -> None:
             bar.update(event["step"] - bar.n)
+            if "validation_bits_per_byte" in event:
+                bar.write(f"step {event['step']}: held out {event['validation_bits_per_byte']:.3f} bits/byte")
+            if "save_error" in event:
+                bar.write(event["save_error"], file=sys.stderr)
+            if "sample" in event:
+                bar.write(f"step {event['step']}: {event['sample']!r}")
             bar.set_postfix_str(
                 f"{event['bits_per_byte']:.2f} bits/byte, {event['tokens_per_second']:,.0f} tokens/s"
             )

@@ -66,7 +66,9 @@ def stream(
         ValueError: fewer than two tokens, a chunk below one, or a cache of another batch size.
     """
     if cache is not None and cache.batch_size != 1:
-        raise ValueError(f"cache: expected one sequence; got {cache.batch_size}; use cache.batch_select_indices")
+        raise ValueError(
+            f"cache: expected one sequence; got {cache.batch_size}; use cache.batch_select_indices"
+        )
     if np.ndim(ids) != 1 or len(ids) < 2 or chunk < 1 or first_bucket < 1:
         raise ValueError(
             f"expected at least two tokens (N,), a chunk and a first bucket of at least one; got {np.shape(ids)}, {chunk} and"
