@@ -39,12 +39,14 @@ def test_public_names():
     assert longnet.__all__ == [
         "AttentionOutput",
         "DilatedPattern",
+        "HierarchicalPattern",
         "LongNetCache",
         "LongNetConfig",
         "LongNetForCausalLM",
         "LongNetModel",
         "dilated_attention",
         "explain",
+        "hierarchical_attention",
     ]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longnet.attention import AttentionOutput, dilated_attention, explain
-from longnet.patterns import DilatedPattern
+from longnet.attention.hierarchical import hierarchical_attention
+from longnet.patterns import DilatedPattern, HierarchicalPattern
 
 if TYPE_CHECKING:
     from longnet.model import LongNetCache, LongNetConfig, LongNetForCausalLM, LongNetModel
@@ -15,12 +16,14 @@ _MODEL_NAMES = ("LongNetCache", "LongNetConfig", "LongNetForCausalLM", "LongNetM
 __all__ = [
     "AttentionOutput",
     "DilatedPattern",
+    "HierarchicalPattern",
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",
     "LongNetModel",
     "dilated_attention",
     "explain",
+    "hierarchical_attention",
 ]
 
 

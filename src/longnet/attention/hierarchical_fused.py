@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from longnet.attention.pyramid import Pyramid
 from longnet.kernels import cover, opened_backward, opened_forward
+from longnet.patterns import HierarchicalPattern
 
 # Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
 _READERS = 1024
@@ -36,6 +37,12 @@ class Geometry(NamedTuple):
     beam: int
     levels: int
     sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pattern: HierarchicalPattern, num_tokens: int) -> Geometry:
+        sizes = pattern.node_counts(num_tokens)
+        budget = (pattern.window_blocks, pattern.guard, pattern.top_k, pattern.opened(1), len(sizes))
+        return cls(pattern.block, pattern.radix, *budget, sizes)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -117,6 +124,51 @@ def _opened_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
 @functools.lru_cache(maxsize=64)
 def _offsets(geometry: Geometry, device: torch.device) -> Tensor:
     return torch.tensor(geometry.offsets, dtype=torch.int32, device=device)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_local: Tensor,
+    k_local: Tensor,
+    pyramid: Pyramid,
+    pattern: HierarchicalPattern,
+    scale: float,
+    level_bias: Tensor,
+    router_mix: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all tensors."""
+    geometry = Geometry.of(pattern, q.shape[1])
+    q, k, v, q_local, k_local = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_local, k_local)
+    )
+    summaries = (pyramid.kbar.contiguous(), pyramid.vbar.contiguous(), pyramid.entropy.float().contiguous())
+    parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
+    return _Attend.apply(q, k, v, q_local, k_local, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, geometry, scale = arguments
+        out, lse, routes = forward(*tensors, geometry, scale)
+        ctx.save_for_backward(*tensors, out, lse, *(routes or ()))
+        ctx.geometry, ctx.scale = geometry, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):  # type: ignore[override]
+        *tensors, out, lse, opened, base_bits, child_bits = _padded(ctx.saved_tensors, 15)
+        routes = None if opened is None else Routes(opened, base_bits, child_bits)
+        dout = torch.zeros_like(out) if dout is None else dout
+        return *backward(dout, dlse, *tensors, out, lse, routes, ctx.geometry, ctx.scale), None, None
+
+
+def _padded(saved: tuple, count: int) -> tuple:
+    return *saved, *(None,) * (count - len(saved))
 
 
 def forward(
@@ -411,18 +463,3 @@ def _listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> 
         rows += [(0, group, at, min(at + readers, end)) for at in range(begin, end, readers)]
         first.append(len(rows))
     return np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(first, dtype=np.int64)
-
-
-def geometry_of(block, radix, window, guard, top_k, beam, levels, tokens) -> Geometry:
-    leaves = tokens // block
-    if levels is None:
-        levels, hi = 0, max(0, -(-tokens // block) - window)
-        while hi > 0:
-            levels, hi = levels + 1, max(0, hi // radix - guard)
-        levels = max(1, levels)
-    sizes = tuple(leaves // radix**at for at in range(levels))
-    return Geometry(block, radix, window, guard, top_k, beam, levels, sizes)
-
-
-def default_scale(width: int) -> float:
-    return 1 / math.sqrt(width)
