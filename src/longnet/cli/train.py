@@ -53,7 +53,10 @@ def prepare(
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a model; continues by itself from the newest intact checkpoint in the output folder."""
+    """Train a model; continues by itself from the newest intact checkpoint in the output folder.
+
+    --config FILE.toml reads these options from a file, with the model's fields under [model]; what is given here wins.
+    """
     summary = train_with_bar(config)
     for reason in summary.skipped:
         print(f"passed over a damaged checkpoint: {reason}", file=sys.stderr)

@@ -41,7 +41,7 @@ class TrainConfig:
     preset: str = "tiny"
     """Model size: tiny, mini, small, base, large, xl."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Overrides of the preset's fields."""
+    """Overrides of the preset's fields, such as num_hidden_layers=2 segment_lengths=[256,4096] dilation_rates=[1,16]."""
     sequence_length: int = 2048
     """Tokens in a training window."""
     batch_size: int = 4
@@ -270,6 +270,14 @@ class _Run:
         if differing:
             raise ValueError(
                 f"{path} belongs to another configuration; differing: {'; '.join(differing)}; use another output folder"
+            )
+        wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        found = {name: tuple(t.shape) for name, t in tensors.get("weights", {}).items()}
+        if wanted != found or not {"optimizer", "random"} <= tensors.keys():
+            names = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
+            raise checkpoint.CheckpointCorrupt(
+                f"{path}: expected weights, optimizer and random state of this model; got groups {sorted(tensors)}, differing "
+                f"weights {names[:5]}"
             )
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
