@@ -78,7 +78,14 @@ def dilated_attention(
 
 
 def explain(q: Queries, k: Keys, v: Keys, pattern: DilatedPattern, *, lengths: Lengths | None = None) -> str:
-    """Which path `dilated_attention` takes for these tensors, and for every path why it can or cannot run."""
+    """Which path `dilated_attention` takes for these tensors, and for every path why it can or cannot run.
+
+    Example:
+        >>> import torch
+        >>> q = torch.zeros(1, 100, 4, 16)
+        >>> print(explain(q, q, q, DilatedPattern((16,), (1,))).split(":")[0])
+        dilated_attention takes impl='strided'
+    """
     chosen, reason = _choose(q, k, v)
     lines = [f"dilated_attention takes impl={chosen!r}: {reason}"]
     for impl in ("strided", "reference"):

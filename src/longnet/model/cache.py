@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -35,6 +36,15 @@ class LongNetCache:
     Attributes:
         positions: (B,) int64 on the device, tokens read by every sequence.
         layers: per layer a list of (keys, values), one pair per branch.
+
+    Example:
+        >>> from longnet import LongNetConfig, LongNetForCausalLM
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> cache = LongNetCache(model.config, batch_size=1)
+        >>> for chunk in torch.randint(4, 260, (1, 100)).split(30, dim=1):
+        ...     logits = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+        >>> cache.host_positions
+        (100,)
     """
 
     is_compileable = False
@@ -233,6 +243,26 @@ class LongNetCache:
         self.positions = self.positions[index]
         self._host = [self._host[b] for b in host]
         self.layers = [[(k[index], v[index]) for k, v in layer] for layer in self.layers]
+
+    def copy(self) -> LongNetCache:
+        """The same state in memory of its own: read on with one, return to the other."""
+        other = copy.copy(self)
+        other.positions, other._host, other._lengths = self.positions.clone(), list(self._host), None
+        other.layers = [[(k.clone(), v.clone()) for k, v in layer] for layer in self.layers]
+        return other
+
+    def crop(self, max_length: int) -> None:
+        """Refuse to go back: rows that newer tokens overwrote are gone. (transformers calls this in assisted decoding.)
+
+        Raises:
+            ValueError: max_length below what has been read.
+        """
+        if max_length < 0 or max_length < self.get_seq_length():
+            raise ValueError(
+                f"crop: expected a length of at least {self.get_seq_length()}, what has been read; got {max_length}; a "
+                "LongNetCache keeps only rows that later tokens may see, so it cannot go back: take a copy() or save() "
+                "before reading what may have to be undone"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a snapshot (one safetensors file): to a temporary name, synchronised, renamed. Never half a file."""

@@ -45,7 +45,13 @@ class LongNetPreTrainedModel(PreTrainedModel):
 
 
 class LongNetModel(LongNetPreTrainedModel):
-    """Token embeddings, the layers and a final norm. Returns (B, N, hidden)."""
+    """Token embeddings, the layers and a final norm. Returns (B, N, hidden).
+
+    Example:
+        >>> encoder = LongNetModel(LongNetConfig.preset("tiny", num_hidden_layers=1, bidirectional=True))
+        >>> encoder(input_ids=torch.randint(4, 260, (2, 50))).last_hidden_state.shape
+        torch.Size([2, 50, 128])
+    """
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
@@ -170,8 +176,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     exist at once.
 
     Example:
-        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny"))
-        >>> loss = model(input_ids=ids, labels=ids).loss
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> ids = torch.randint(4, 260, (2, 50))
+        >>> model(input_ids=ids, labels=ids).loss.shape
+        torch.Size([])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
