@@ -347,7 +347,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> bool:
         """Make nothing: `forward` makes a `LongNetCache` at its first call, when the batch (with
-        beams) is known."""
+        beams) is known. Only a prefill in chunks asks for one before."""
         if (cache := model_kwargs.get("past_key_values")) is not None:
             cache._is_user_defined = True
+        elif generation_config.prefill_chunk_size is not None and model_kwargs.get("use_cache") is not False:
+            beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = LongNetCache(
+                self.config, batch_size * beams, self.device, self.dtype
+            )
         return False
