@@ -215,7 +215,18 @@ def forward(
         most = triton.next_power_of_2(geometry.beam * geometry.radix + geometry.listed)
         scratch = torch.empty(programs, most, dtype=torch.float32, device=q.device)
         opened_forward.route[(programs,)](
-            q, kbar, entropy, level_bias, offsets, scratch, *routes, *_strides(q), *sizes, items, MOST=most, **tile
+            q,
+            kbar,
+            entropy,
+            level_bias,
+            offsets,
+            scratch,
+            *routes,
+            *_strides(q),
+            *sizes,
+            items,
+            MOST=most,
+            **tile,
         )
     opened_forward.opened_attend[(shape.tokens, shape.pairs)](
         q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, *routes, out, lse,
@@ -398,7 +409,7 @@ class _Far(NamedTuple):
             self.q, self.k, self.v, self.kbar, self.entropy, self.level_bias, self.router_mix, readers, items,
             self.dout, self.lse, self.delta, dkv, dnode, *_strides(self.q), *_strides(self.k), *_strides(self.v),
             shape.tokens, self.kbar.shape[1], leaves, shape.heads, shape.key_heads, geometry.levels, self.scale,
-            BLOCK=block, BM=64 if self.q.dtype != torch.float32 else 32, num_warps=8, num_stages=2, **_tile(shape, self.q.dtype),
+            BLOCK=block, BM=64 if self.q.dtype != torch.float32 else 32, num_warps=4, num_stages=2, **_tile(shape, self.q.dtype),
         )  # fmt: skip
         total = torch.empty(shape.pairs * leaves, 2 * block * width, device=self.q.device)
         _sum(dkv, first_item, total)

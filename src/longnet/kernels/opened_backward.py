@@ -71,7 +71,11 @@ def opened_dq(
                 kt = load_rows(kbar_base, node, keep, node_stride, d, D)
                 vt = load_rows(vbar_base, node, keep, node_stride, d, D)
                 h = tl.load(entropy_base + node * num_key_heads, keep, 0.0) * LOG2E
-                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + bias[:, None]
+                s = (
+                    tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+                    + h[None, :]
+                    + bias[:, None]
+                )
                 p = tl.where(keep[None, :], tl.exp2(s), 0.0)
                 ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
                 acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)

@@ -16,7 +16,9 @@ from longnet.kernels.cover import list_of_level
 @triton.jit
 def load_rows(base, index, ok, stride, d, D: tl.constexpr):
     """Rows `index` of a matrix with unit last stride, zero where not ok: (len(index), len(d))."""
-    return tl.load(base + index.to(tl.int64)[:, None] * stride + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
+    return tl.load(
+        base + index.to(tl.int64)[:, None] * stride + d[None, :], ok[:, None] & (d < D)[None, :], 0.0
+    )
 
 
 @triton.jit
@@ -95,7 +97,11 @@ def route(
                     node = offset + candidates(c, parents, lo, above, RADIX)
                     kt = load_rows(kbar_base, node, ok, num_key_heads * D, d, D)
                     h = tl.load(entropy_base + node * num_key_heads, ok, 0.0) * LOG2E
-                    s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + bias[:, None]
+                    s = (
+                        tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+                        + h[None, :]
+                        + bias[:, None]
+                    )
                     s = tl.where(ok[None, :], s, float("-inf"))
                     new = tl.maximum(top, tl.max(s, 1))
                     mass = mass * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
@@ -107,19 +113,23 @@ def route(
                     node = offset + candidates(c, parents, lo, above, RADIX)
                     kt = load_rows(kbar_base, node, ok, num_key_heads * D, d, D)
                     h = tl.load(entropy_base + node * num_key_heads, ok, 0.0) * LOG2E
-                    s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + bias[:, None]
+                    s = (
+                        tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+                        + h[None, :]
+                        + bias[:, None]
+                    )
                     tl.store(scores + c, tl.sum(tl.exp2(s - top[:, None]) * share[:, None], 0), ok)
                 tl.debug_barrier()
                 # The scores are at least 0, so their bits order like integers.
                 score = tl.load(scores + everyone, everyone < scored, 0.0).to(tl.int32, bitcast=True)
                 score = tl.where(everyone < total, score, -1)
                 least = 0
-                most = tl.max(score, 0) + 1
-                for _ in range(tl.where(scored > 0, 31, 0)):
+                most = tl.where(scored > 0, tl.max(score, 0) + 1, 1)
+                while most - least > 1:
                     middle = least + (most - least) // 2
-                    enough = tl.sum((score >= middle).to(tl.int32), 0) >= count
-                    least = tl.where(enough, middle, least)
-                    most = tl.where(enough, most, middle)
+                    found = tl.sum((score >= middle).to(tl.int32), 0)
+                    least = tl.where(found >= count, middle, least)
+                    most = tl.where(found == count, middle + 1, tl.where(found > count, most, middle))
                 # `least` is the score of the last place; of several candidates with it the first ones get in.
                 better = (score > least).to(tl.int32)
                 equal = (score == least).to(tl.int32)
@@ -192,7 +202,11 @@ def opened_attend(
                 kt = load_rows(kbar_base, node, keep, node_stride, d, D)
                 vt = load_rows(vbar_base, node, keep, node_stride, d, D)
                 h = tl.load(entropy_base + node * num_key_heads, keep, 0.0) * LOG2E
-                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + bias[:, None]
+                s = (
+                    tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+                    + h[None, :]
+                    + bias[:, None]
+                )
                 s = tl.where(keep[None, :], s, float("-inf"))
                 new = tl.maximum(m, tl.max(s, 1))
                 rescale = tl.exp2(m - new)
