@@ -129,6 +129,14 @@ def generate(
 
     Raises:
         ValueError: arguments out of range. FloatingPointError: the model gave NaN or +inf logits.
+
+    Example:
+        >>> from longnet import LongNetConfig, LongNetForCausalLM
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> first = generate(model, torch.tensor([[70, 71, 72]]), max_new_tokens=5, seed=0)
+        >>> more = generate(model, torch.tensor([first.ids[0][-1:]]), max_new_tokens=5, cache=first.cache)
+        >>> more.cache.host_positions
+        (12,)
     """
     _check(input_ids, max_new_tokens, chunk_size, temperature, top_k, top_p)
     if repetition_penalty <= 0 or repetition_window < 1:

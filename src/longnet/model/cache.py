@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -39,6 +40,15 @@ class LongNetCache:
     Attributes:
         positions: (B,) int64 on the device, tokens read by every sequence.
         layers: per dilated layer a list of (keys, values), one pair per branch; per hierarchical layer its states.
+
+    Example:
+        >>> from longnet import LongNetConfig, LongNetForCausalLM
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> cache = LongNetCache(model.config, batch_size=1)
+        >>> for chunk in torch.randint(4, 260, (1, 100)).split(30, dim=1):
+        ...     logits = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+        >>> cache.host_positions
+        (100,)
     """
 
     is_compileable = False
@@ -308,6 +318,26 @@ class LongNetCache:
             for layer in self.layers
         ]
 
+    def copy(self) -> LongNetCache:
+        """The same state in memory of its own: read on with one, return to the other."""
+        other = copy.copy(self)
+        other._host, other._lengths = list(self._host), None
+        other.batch_select_indices(torch.arange(self.batch_size))
+        return other
+
+    def crop(self, max_length: int) -> None:
+        """Refuse to go back: rows that newer tokens overwrote are gone. (transformers calls this in assisted decoding.)
+
+        Raises:
+            ValueError: max_length below what has been read.
+        """
+        if max_length < 0 or max_length < self.get_seq_length():
+            raise ValueError(
+                f"crop: expected a length of at least {self.get_seq_length()}, what has been read; got {max_length}; a "
+                "LongNetCache keeps only rows that later tokens may see, so it cannot go back: take a copy() or save() "
+                "before reading what may have to be undone"
+            )
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a snapshot (one safetensors file): to a temporary name, synchronised, renamed. Never half a file."""
         path = Path(path)
@@ -411,7 +441,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["longnet"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Cloned: library products depend on the alignment of memory in their last bit, and a file has none.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         checksum = meta["checksum"]
         actual = _checksum(meta, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
