@@ -37,7 +37,10 @@ def test_the_vectorised_path_equals_the_oracle(seed):
     )
     kept = None
     if causal and choose.random() < 0.4:
-        kept = (block * (window + choose.randint(0, 3)), (guard + 2) * radix + choose.randint(0, 3))
+        kept = (
+            block * (window + choose.randint(0, 3)),
+            radix * (guard + 1) + window + guard + choose.randint(0, 3),
+        )
     levels = None if kept else choose.choice([None, None, 2])
     pattern = HierarchicalPattern(
         block, radix, window, guard, levels, choose.choice([0, 1, 3]), choose.choice([None, 2, 4]), kept

@@ -109,7 +109,7 @@ def hierarchical_attention(
 
         out, lse = attend(q, k, v, q_local, k_local, pyramid, pattern, scale, level_bias, router_mix)
     else:
-        far = Far(k, v, pyramid, 0, (0,) * levels)
+        far = Far(k, v, [pyramid.level(i) for i in range(levels)], 0, (0,) * levels)
         parameters = Parameters(scale, level_bias, router_mix, lengths)
         out, lse = hierarchical_torch.attend(q, q_local, k_local, far, pattern, causal, parameters, tokens)
         out = out.to(q.dtype)

@@ -103,22 +103,23 @@ def _cover_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype, kernel: s
 
 
 def _opened_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
-    tile = _tile(shape, dtype)
-    children = geometry.beam * geometry.radix
-    return tile | {
+    return _tile(shape, dtype) | {
         "GP": max(16, triton.next_power_of_2(shape.group)),
-        "CHUNK": min(tile["BD"], 32),
         "BLOCK": geometry.block,
+        "BC": 64,
         "RADIX": geometry.radix,
         "WINDOW": geometry.window,
         "GUARD": geometry.guard,
-        "LISTED": geometry.listed,
         "TOP_K": geometry.top_k,
         "BEAM": geometry.beam,
         "WIDTH": max(geometry.top_k, geometry.beam),
-        "num_warps": 8 if children > 256 else 4,
+        "num_warps": 4,
         "num_stages": 2,
     }
+
+
+# Programs of the routing kernel: each walks over many tokens with one row of scratch.
+_ROUTERS = 2048
 
 
 @functools.lru_cache(maxsize=64)
@@ -206,12 +207,30 @@ def forward(
     )  # fmt: skip
     if not opening:
         return out, lse, None
-    given = routes is not None
+    tile = _opened_tile(shape, geometry, q.dtype)
     if routes is None:
         routes = _empty_routes(shape, geometry, q.device)
-    opened_forward.opened_forward[(shape.tokens, shape.pairs)](
+        items = shape.tokens * shape.pairs
+        programs = min(items, _ROUTERS)
+        most = triton.next_power_of_2(geometry.beam * geometry.radix + geometry.listed)
+        scratch = torch.empty(programs, most, dtype=torch.float32, device=q.device)
+        opened_forward.route[(programs,)](
+            q,
+            kbar,
+            entropy,
+            level_bias,
+            offsets,
+            scratch,
+            *routes,
+            *_strides(q),
+            *sizes,
+            items,
+            MOST=most,
+            **tile,
+        )
+    opened_forward.opened_attend[(shape.tokens, shape.pairs)](
         q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, *routes, out, lse,
-        *_strides(q), *_strides(k), *_strides(v), *sizes, GIVEN=given, **_opened_tile(shape, geometry, q.dtype),
+        *_strides(q), *_strides(k), *_strides(v), *sizes, **tile,
     )  # fmt: skip
     return out, lse, routes
 
@@ -368,7 +387,7 @@ class _Far(NamedTuple):
             nothing if readers is None else readers, items, self.dout, self.lse, self.delta, partial, *_strides(self.q),
             shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
             BLOCK=geometry.block, RADIX=geometry.radix, RP=max(16, geometry.radix), WINDOW=geometry.window,
-            GUARD=geometry.guard, BEAM=geometry.beam, BM=128 if self.q.dtype != torch.float32 else 32,
+            GUARD=geometry.guard, BEAM=geometry.beam, BM=64 if self.q.dtype != torch.float32 else 32,
             LISTED=readers is None, MASKED=routes is not None, num_warps=4, num_stages=2, **tile,
         )  # fmt: skip
         total = torch.empty(shape.pairs * groups, width, device=self.q.device)

@@ -6,13 +6,13 @@ Queries are taken a few blocks at a time; what such a group gathers is dropped a
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longnet.attention.pyramid import Pyramid
 from longnet.patterns import HierarchicalPattern
 
 # Query tokens per group: bounds the gathered keys of opened blocks.
@@ -20,11 +20,12 @@ GROUP = 256
 
 
 class Far(NamedTuple):
-    """What lies behind the window. k, v begin at token `first_token`, level l of the pyramid at node `first_node[l]`."""
+    """What lies behind the window. k, v begin at token `first_token`, `levels[l]` = (kbar, vbar, mass, entropy) at node
+    `first_node[l]`."""
 
     k: Tensor
     v: Tensor
-    pyramid: Pyramid
+    levels: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
     first_token: int
     first_node: tuple[int, ...]
 
@@ -90,9 +91,11 @@ def attend(
     return torch.cat(outs, 1), torch.cat(sums, 2)
 
 
-@functools.lru_cache(maxsize=32)
-def _bounds(pattern: HierarchicalPattern, num_tokens: int, causal: bool, device: torch.device) -> Tensor:
-    return torch.from_numpy(pattern.bounds(num_tokens, causal)).to(device)
+@functools.lru_cache(maxsize=256)
+def _bounds(
+    pattern: HierarchicalPattern, num_tokens: int, causal: bool, first: int, count: int, device: torch.device
+) -> Tensor:
+    return torch.from_numpy(pattern.bounds(num_tokens, causal, first, count)).to(device)
 
 
 def _group(
@@ -108,11 +111,10 @@ def _group(
     q, q_local = (x.reshape(shape) for x in (q, q_local))
     state = _Softmax(work)
     _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_tokens, position)
-    sizes = far.pyramid.sizes
     if first_block + blocks > pattern.window_blocks or not causal:
-        bounds = _bounds(pattern, num_tokens, causal, q.device)[:, :, first_block : first_block + blocks]
+        bounds = _bounds(pattern, num_tokens, causal, first_block, blocks, q.device)
         opened, chosen = None, {}
-        for level in range(len(sizes) - 1, -1, -1):
+        for level in range(len(far.levels) - 1, -1, -1):
             nodes = _candidates(bounds[level], opened, pattern, shape, q.device)
             if nodes is None:
                 opened = None
@@ -215,7 +217,7 @@ def _rows_of(x: Tensor, index: Tensor) -> Tensor:
 
 def _add_summaries(state, q, nodes, level, far, pattern, parameters, first_block) -> Tensor | None:
     """Score the candidates, open the best, attend to the others. Returns the opened ones, ascending, -1 filled."""
-    kbar, vbar, mass, entropy = far.pyramid.level(level)
+    kbar, vbar, mass, entropy = far.levels[level]
     size = kbar.shape[1]
     at = nodes - far.first_node[level]
     ok = (nodes >= 0) & (at < size)
@@ -247,7 +249,7 @@ def _add_summaries(state, q, nodes, level, far, pattern, parameters, first_block
 
 def _add_leaves(state, q, opened, far, pattern, parameters) -> None:
     """Opened leaves: weight (1 - beta) lse + beta sbar, value the softmax mean of the leaf's tokens."""
-    kbar, _, _, entropy = far.pyramid.level(0)
+    kbar, _, _, entropy = far.levels[0]
     ok = opened >= 0
     leaf = (opened - far.first_node[0]).clamp(0, kbar.shape[1] - 1)
     token = opened[..., None] * pattern.block + torch.arange(pattern.block, device=q.device)

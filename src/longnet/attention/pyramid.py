@@ -46,24 +46,28 @@ def build_pyramid(
     k, v (B, N, K, D); prior_query (K, D), None pools by the mean; sizes: nodes per level (the last node of a level may be
     partial). A node is rounded to the dtype of k once, when it is closed, and its parent is made from the rounded child.
     """
-    work = torch.promote_types(k.dtype, torch.float32)
-    if prior_query is None:
-        z = torch.zeros(k.shape[:3], dtype=work, device=k.device)
-    else:
-        z = scale * torch.einsum("bnkd,kd->bnk", k.to(work), prior_query.to(work))
+    z = token_mass(k, prior_query, scale)
     if lengths is not None:
         beyond = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
         z = z.masked_fill(beyond[..., None], -torch.inf)
     keys, values, mass, entropy = k, v, z, torch.zeros_like(z)
     levels = []
     for size, children in zip(sizes, [block, *[radix] * (len(sizes) - 1)], strict=True):
-        keys, values, mass, entropy = _pool(keys, values, mass, entropy, size, children)
+        keys, values, mass, entropy = pool(keys, values, mass, entropy, size, children)
         levels.append((keys, values, mass, entropy))
-    parts = [torch.cat(x, 1) for x in zip(*levels, strict=True)]
-    return Pyramid(*parts, tuple(sizes))
+    kbar, vbar, masses, entropies = (torch.cat(x, 1) for x in zip(*levels, strict=True))
+    return Pyramid(kbar, vbar, masses, entropies, tuple(sizes))
 
 
-def _pool(
+def token_mass(k: Tensor, prior_query: Tensor | None, scale: float) -> Tensor:
+    """z = scale prior . k of every token, (B, N, K); 0 without a prior query."""
+    work = torch.promote_types(k.dtype, torch.float32)
+    if prior_query is None:
+        return torch.zeros(k.shape[:3], dtype=work, device=k.device)
+    return scale * torch.einsum("bnkd,kd->bnk", k.to(work), prior_query.to(work))
+
+
+def pool(
     keys: Tensor, values: Tensor, mass: Tensor, entropy: Tensor, size: int, children: int
 ) -> tuple[Tensor, ...]:
     count = size * children

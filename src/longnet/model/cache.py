@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longnet.attention.cached import decode_attention, prefill_attention, write_rows, write_step
+from longnet.attention.hierarchical_cached import Step
+from longnet.attention.hierarchical_torch import Parameters
+from longnet.model.hierarchical_states import HierarchicalStates
 
 _FORMAT = "longnet-cache-1"
 _MIN_ROWS = 64
@@ -34,7 +37,7 @@ class LongNetCache:
 
     Attributes:
         positions: (B,) int64 on the device, tokens read by every sequence.
-        layers: per layer a list of (keys, values), one pair per branch.
+        layers: per dilated layer a list of (keys, values), one pair per branch; per hierarchical layer its states.
     """
 
     is_compileable = False
@@ -61,9 +64,13 @@ class LongNetCache:
         # The host's copy spares a synchronisation per step; both change only in `advance` and by batch operations.
         self._host = [0] * batch_size
         self._lengths: tuple[Tensor, list[int]] | None = None
-        self.layers = [
+        kinds = getattr(config, "attention_kinds", lambda: ["dilated"] * config.num_hidden_layers)()
+        tree: Any = config.hierarchical_pattern() if "hierarchical" in kinds else None
+        self.layers: list[Any] = [
             [self._pair(batch_size, 0, branch) for branch in self.pattern.branches]
-            for _ in range(config.num_hidden_layers)
+            if kind == "dilated"
+            else HierarchicalStates(tree, batch_size, self.num_key_heads, self.head_dim, dtype, device)
+            for kind in kinds
         ]
 
     @property
@@ -125,6 +132,24 @@ class LongNetCache:
             out[part] = self._prefill(layer, q[part], k[part], v[part], part, host[part])
         return out
 
+    def attend_hierarchical(
+        self,
+        layer_index: int,
+        step: Step,
+        parameters: Parameters,
+        prior_query: Tensor,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """`attend` of a hierarchical layer: -> (B, n, H, D)."""
+        self._check(layer_index, step.q, step.k, step.v)
+        host = self._host_lengths(lengths, step.q.shape[1])
+        step = Step(*(x.to(self.dtype) for x in step))
+        return self.layers[layer_index].attend(step, parameters, prior_query, host)
+
+    def key_tail(self, layer_index: int, k: Tensor, width: int, lengths: Tensor | None) -> Tensor:
+        """The width - 1 raw keys before the chunk k (B, n, K, D); those of the chunk take their place."""
+        return self.layers[layer_index].key_tail(k, width, self._host_lengths(lengths, k.shape[1]))
+
     def _prefill(
         self, layer: list, q: Tensor, k: Tensor, v: Tensor, part: slice, lengths: list[int]
     ) -> Tensor:
@@ -183,15 +208,25 @@ class LongNetCache:
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+        own = [layer for layer in self.layers if isinstance(layer, HierarchicalStates)]
+        pairs = [
+            x
+            for layer in self.layers
+            if not isinstance(layer, HierarchicalStates)
+            for pair in layer
+            for x in pair
+        ]
+        return sum(layer.nbytes() for layer in own) + sum(x.nbytes for x in pairs)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{i}.{j}.{name}": x
-            for i, layer in enumerate(self.layers)
-            for j, pair in enumerate(layer)
-            for name, x in zip(("keys", "values"), pair, strict=True)
-        }
+        named = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, HierarchicalStates):
+                named |= {f"{i}.{name}": x for name, x in layer.tensors().items()}
+                continue
+            for j, pair in enumerate(layer):
+                named |= {f"{i}.{j}.{name}": x for name, x in zip(("keys", "values"), pair, strict=True)}
+        return named
 
     # What transformers' generate asks of a cache.
 
@@ -216,6 +251,9 @@ class LongNetCache:
         """Forget everything; buffers stay allocated (stale rows are never read)."""
         self.positions = torch.zeros_like(self.positions)
         self._host = [0] * self.batch_size
+        for layer in self.layers:
+            if isinstance(layer, HierarchicalStates):
+                layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence b continues what sequence beam_idx[b] has read (beam search)."""
@@ -229,10 +267,15 @@ class LongNetCache:
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences, in this order."""
         index = indices.to(self.device)
-        host = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        host_index = torch.arange(self.batch_size)[indices.cpu()].tolist()
         self.positions = self.positions[index]
-        self._host = [self._host[b] for b in host]
-        self.layers = [[(k[index], v[index]) for k, v in layer] for layer in self.layers]
+        self._host = [self._host[b] for b in host_index]
+        self.layers = [
+            layer.select(host_index)
+            if isinstance(layer, HierarchicalStates)
+            else [(k[index], v[index]) for k, v in layer]
+            for layer in self.layers
+        ]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a snapshot (one safetensors file): to a temporary name, synchronised, renamed. Never half a file."""
@@ -280,6 +323,16 @@ class LongNetCache:
         cache._host = list(host)
         cache.positions = torch.tensor(host, dtype=torch.int64, device=device)
         for i, layer in enumerate(cache.layers):
+            if isinstance(layer, HierarchicalStates):
+                layer.load(
+                    {
+                        name.removeprefix(f"{i}."): x
+                        for name, x in tensors.items()
+                        if name.startswith(f"{i}.")
+                    },
+                    host,
+                )
+                continue
             for j in range(len(layer)):
                 layer[j] = tuple(tensors[f"{i}.{j}.{name}"].to(device) for name in ("keys", "values"))  # type: ignore[assignment]
         return cache
@@ -304,6 +357,8 @@ def _fingerprint(config: Any, pattern: Any) -> dict[str, Any]:
     result |= {name: getattr(config, name) for name in optional if hasattr(config, name)}
     result["branches"] = [list(branch) for branch in pattern.branches]
     result["head_offsets"] = pattern.head_offsets
+    if "hierarchical" in getattr(config, "attention_kinds", list)():
+        result |= {"attention": config.attention_kinds(), "hierarchical": repr(config.hierarchical_pattern())}
     return result
 
 

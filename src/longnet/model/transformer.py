@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from longnet.model.cache import LongNetCache
 from longnet.model.config import LongNetConfig
+from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
 
@@ -40,6 +41,10 @@ class LongNetPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear) and getattr(module, "writes_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, LongNetHierarchicalAttention):
+            for weight in (module.prior_query, module.level_bias, module.key_conv):
+                init.zeros_(weight)
+            init.ones_(module.router_mix)
         else:
             super()._init_weights(module)
 

@@ -78,17 +78,23 @@ class HierarchicalPattern:
             raise ValueError(
                 "retention: expected levels=None (a capped depth lists all nodes); remove one of the two"
             )
-        needed = (self.window_blocks * self.block, (self.guard + 2) * self.radix)
+        # Behind the newest node of a level lie the window, one guard and the longest list.
+        needed = (
+            self.window_blocks * self.block,
+            self.radix * (self.guard + 1) + self.window_blocks + self.guard,
+        )
         if (
             not kept
             or any(type(x) is not int for x in kept)
             or kept[0] < needed[0]
-            or min((*kept[1:], needed[1])) < needed[1]
+            or min((*kept[1:], 10**9)) < needed[1]
         ):
             raise ValueError(
-                f"retention: expected integers, at least {needed[0]} tokens (the window) and then at least {needed[1]} nodes a "
-                f"level ((guard + 2) radix); got {kept}"
+                f"retention: expected integers, at least {needed[0]} tokens (the window) and then at least {needed[1]} nodes "
+                f"a level (radix (guard + 1) + window_blocks + guard); got {kept}"
             )
+        if len(kept) < 2:
+            raise ValueError(f"retention: expected the tokens and at least one number of nodes; got {kept}")
         if kept[0] % self.block:
             raise ValueError(f"retention: expected tokens in whole blocks of {self.block}; got {kept[0]}")
 
@@ -114,6 +120,10 @@ class HierarchicalPattern:
         while lo < size:
             levels, lo, size = levels + 1, -(-lo // self.radix) + self.guard, -(-size // self.radix)
         return max(levels, self.num_levels(num_tokens))
+
+    def most_levels(self) -> int:
+        """Levels that any causal sequence shorter than 2^40 tokens can need."""
+        return self.num_levels(2**40)
 
     def node_counts(self, num_tokens: int, causal: bool = True) -> tuple[int, ...]:
         """Nodes of every level over `num_tokens` tokens: complete ones if causal, else the last may be partial."""
@@ -146,16 +156,18 @@ class HierarchicalPattern:
                 lo = sizes[level + 1]
         return Cover((first * self.block, end), tuple(left), tuple(right))
 
-    def bounds(self, num_tokens: int, causal: bool = True) -> np.ndarray:
-        """All covers at once: (levels, 4, blocks) int64 of left lo, left hi, right lo, right hi."""
-        blocks = -(-num_tokens // self.block)
-        covers = [self.cover(i, num_tokens, causal) for i in range(blocks)] if not causal else None
-        if covers is not None:
+    def bounds(
+        self, num_tokens: int, causal: bool = True, first: int = 0, count: int | None = None
+    ) -> np.ndarray:
+        """The covers of `count` blocks from `first` on: (levels, 4, count) int64 of left lo, left hi, right lo, right hi."""
+        blocks = np.arange(first, -(-num_tokens // self.block) if count is None else first + count)
+        if not causal:
+            covers = [self.cover(int(i), num_tokens, causal) for i in blocks]
             table = [[*left, *right] for c in covers for left, right in zip(c.left, c.right, strict=True)]
-            return np.array(table, np.int64).reshape(blocks, -1, 4).transpose(1, 2, 0)
+            return np.array(table, np.int64).reshape(len(blocks), -1, 4).transpose(1, 2, 0)
         levels = self.num_levels(num_tokens)
-        result = np.zeros((levels, 4, blocks), np.int64)
-        hi = np.maximum(0, np.arange(blocks) - self.window_blocks + 1)
+        result = np.zeros((levels, 4, len(blocks)), np.int64)
+        hi = np.maximum(0, blocks - self.window_blocks + 1)
         for level in range(levels):
             lo = self.radix * np.maximum(0, hi // self.radix - self.guard)
             if level == levels - 1:
@@ -202,9 +214,10 @@ class HierarchicalPattern:
 
     def cache_entries(self, num_tokens: int) -> tuple[int, int]:
         """(token rows, summary rows) that a stream keeps per key head after `num_tokens` tokens."""
-        sizes = self.node_counts(num_tokens)
+        # A stream closes the nodes of a level before any query is far enough to list them.
+        sizes = [num_tokens // self.node_tokens(level) for level in range(self.most_levels())]
         if self.retention is None:
             return num_tokens, sum(sizes)
         kept = self.retention
         rows = [min(size, kept[min(level + 1, len(kept) - 1)]) for level, size in enumerate(sizes)]
-        return min(num_tokens, kept[0]), sum(rows)
+        return min(num_tokens, kept[0] + num_tokens % self.block), sum(rows)
