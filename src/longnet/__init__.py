@@ -8,16 +8,35 @@ from longnet.attention import AttentionOutput, dilated_attention, explain
 from longnet.patterns import DilatedPattern
 
 if TYPE_CHECKING:
-    from longnet.model import LongNetCache, LongNetConfig, LongNetForCausalLM, LongNetModel
+    from longnet.model import (
+        LongNetCache,
+        LongNetConfig,
+        LongNetForCausalLM,
+        LongNetForMaskedLM,
+        LongNetForSequenceClassification,
+        LongNetForTokenClassification,
+        LongNetModel,
+    )
 
 __version__ = "0.1.0"
-_MODEL_NAMES = ("LongNetCache", "LongNetConfig", "LongNetForCausalLM", "LongNetModel")
+_MODEL_NAMES = (
+    "LongNetCache",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
+)
 __all__ = [
     "AttentionOutput",
     "DilatedPattern",
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
     "LongNetModel",
     "dilated_attention",
     "explain",
