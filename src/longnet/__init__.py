@@ -9,10 +9,26 @@ from longnet.attention.hierarchical import hierarchical_attention
 from longnet.patterns import DilatedPattern, HierarchicalPattern
 
 if TYPE_CHECKING:
-    from longnet.model import LongNetCache, LongNetConfig, LongNetForCausalLM, LongNetModel
+    from longnet.model import (
+        LongNetCache,
+        LongNetConfig,
+        LongNetForCausalLM,
+        LongNetForMaskedLM,
+        LongNetForSequenceClassification,
+        LongNetForTokenClassification,
+        LongNetModel,
+    )
 
 __version__ = "0.1.0"
-_MODEL_NAMES = ("LongNetCache", "LongNetConfig", "LongNetForCausalLM", "LongNetModel")
+_MODEL_NAMES = (
+    "LongNetCache",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
+)
 __all__ = [
     "AttentionOutput",
     "DilatedPattern",
@@ -20,6 +36,9 @@ __all__ = [
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
     "LongNetModel",
     "dilated_attention",
     "explain",
