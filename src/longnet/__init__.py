@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from longnet.attention import AttentionOutput, dilated_attention, explain
 from longnet.attention.hierarchical import hierarchical_attention
 from longnet.patterns import DilatedPattern, HierarchicalPattern
+from longnet.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from longnet.model import (
@@ -53,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(model, name)
     raise AttributeError(f"module 'longnet' has no attribute {name!r}")
+
+
+register_with_transformers()
