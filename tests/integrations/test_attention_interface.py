@@ -84,7 +84,8 @@ def test_a_row_equals_its_document_alone(model, spans):
     for row, (first, end) in enumerate(spans):
         # Rotary positions are relative: a shifted document is the same document.
         close(
-            actual[row : row + 1, first:end], oracle(model, ids[row : row + 1, first:end].contiguous(), PATTERN)
+            actual[row : row + 1, first:end],
+            oracle(model, ids[row : row + 1, first:end].contiguous(), PATTERN),
         )
 
 
