@@ -186,6 +186,21 @@ def test_bf16_autocast_trains_and_resumes_bit_for_bit(config, tmp_path):
     assert {t.dtype for t in groups["weights"].values()} == {torch.float32}
 
 
+def test_options_that_save_memory_or_time_do_not_change_the_run(config, tmp_path, monkeypatch):
+    train(dataclasses.replace(config, output=tmp_path / "plain"))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager", fullgraph=True))
+    same = {
+        "checkpointed": {"gradient_checkpointing": True},
+        "compiled": {"compile": True},
+        "split": {"batch_size": 1, "accumulation": 2},
+    }
+    expected = [r["loss"] for r in records(tmp_path / "plain")]
+    for name, options in same.items():
+        train(dataclasses.replace(config, output=tmp_path / name, **options))
+        assert [r["loss"] for r in records(tmp_path / name)] == pytest.approx(expected, rel=1e-4), name
+
+
 def test_betas_reach_the_optimizer_and_belong_to_the_run(config):
     train(dataclasses.replace(config, betas=(0.8, 0.9)), stop_at(2))
     with pytest.raises(ValueError, match="betas"):
