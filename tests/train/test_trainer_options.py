@@ -247,6 +247,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
         ({"steps": 0}, "steps"), ({"betas": (0.9, 1.0)}, "betas"), ({"eval_every": -1}, "eval_every"),
         ({"eval_windows": 0}, "eval_windows"), ({"warmup": -1}, "warmup"), ({"learning_rate": float("nan")}, "learning_rate"),
         ({"eval_every": 1, "sequence_length": 2701}, "held-out"), ({"preset": "huge"}, "preset"),
+        ({"model": {"hiden_size": 32}}, "hiden_size"), ({"device": "abacus"}, "device"), ({"device": "cuda:77"}, "device"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_before_anything_is_written(config, change, name):

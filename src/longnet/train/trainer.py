@@ -328,6 +328,19 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig) -> None:
+    known = LongNetConfig.preset(config.preset).to_dict()
+    unknown = [name for name in config.model if name not in known]
+    if unknown:  # a configuration keeps unknown fields without a word
+        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    try:
+        device = torch.device("cpu" if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f'device: expected "auto", "cpu" or "cuda"; got {config.device!r}') from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
+            "says what is there"
+        )
     for name in (
         "sequence_length",
         "batch_size",
