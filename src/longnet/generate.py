@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from longnet.model.cache import LongNetCache
+from longnet.model.graph import GraphedStep, unsupported
+from longnet.model.transformer import LongNetForCausalLM
 
 
 @dataclass
@@ -204,6 +206,7 @@ def _decode(
     max_new_tokens: int,
     on_token: Callable[[int, int], None] | None,
 ) -> None:
+    captured = GraphedStep(model, cache) if _can_capture(model, cache) else None
     for step in range(max_new_tokens):
         ids = sampler(logits)
         broken = torch.isnan(logits).any(-1) | (logits == torch.inf).any(-1)
@@ -225,7 +228,15 @@ def _decode(
             return
         sampler.remember(ids)
         going = [int(reason is None) for reason in progress.reasons]
-        logits = _step(model, ids[:, None], cache, None if all(going) else going)
+        if captured is not None and all(going):
+            logits = captured(ids[:, None]).float()
+        else:
+            logits = _step(model, ids[:, None], cache, None if all(going) else going)
+
+
+def _can_capture(model: Any, cache: LongNetCache) -> bool:
+    """Whether steps may run as a CUDA graph: one of our models, on a GPU, without hierarchical layers."""
+    return isinstance(model, LongNetForCausalLM) and unsupported(model, cache) is None
 
 
 def _recent(input_ids: Tensor, lengths: list[int], window: int, vocabulary: int) -> Tensor:

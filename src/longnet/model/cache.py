@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -70,10 +71,13 @@ class LongNetCache:
         self.num_key_heads = config.num_key_value_heads or config.num_attention_heads
         self.dtype = dtype
         self._fingerprint = _fingerprint(config, self.pattern)
-        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a cache made while generating may be continued outside
+            self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # The host's copy spares a synchronisation per step; both change only in `advance` and by batch operations.
         self._host = [0] * batch_size
         self._lengths: tuple[Tensor, list[int]] | None = None
+        # Changes whenever a buffer or `positions` moves to another address.
+        self.version = 0
         kinds = getattr(config, "attention_kinds", lambda: ["dilated"] * config.num_hidden_layers)()
         tree: Any = config.hierarchical_pattern() if "hierarchical" in kinds else None
         self.layers: list[Any] = [
@@ -100,7 +104,8 @@ class LongNetCache:
         slots = len(self.pattern.slots(branch[1], self.num_heads, self.num_key_heads))
         shape = (batch, rows, slots, self.head_dim)
         # Zeros, not empty: rows that are masked out must stay finite, 0 * NaN is NaN.
-        return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))  # type: ignore[return-value]
+        with torch.inference_mode(False):
+            return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))  # type: ignore[return-value]
 
     def _reserve(self, layer: list[tuple[Tensor, Tensor]], end: int) -> None:
         """Make room for positions below `end` in the buffers of a layer."""
@@ -113,6 +118,7 @@ class LongNetCache:
             for new, old in zip(grown, layer[i], strict=True):
                 new[:, :have] = old
             layer[i] = grown
+            self.version += 1
 
     def attend(
         self,
@@ -181,12 +187,35 @@ class LongNetCache:
         """Count the tokens that all layers have now attended: n for all sequences or lengths (B,). Once per forward."""
         if isinstance(lengths, int):
             host = [lengths] * self.batch_size
-            self.positions = self.positions + lengths
+            self.positions.add_(lengths)
         else:
             host = self._host_lengths(lengths, None)
-            self.positions = self.positions + torch.as_tensor(lengths, device=self.device).long()
+            self.positions.add_(torch.as_tensor(lengths, device=self.device).long())
         self._host = [p + n for p, n in zip(self._host, host, strict=True)]
         self._lengths = None
+
+    # What a captured step needs: addresses that stay, and counting that happens once.
+
+    def reserve_step(self) -> None:
+        """Make room for one more token of every sequence."""
+        for layer in self.layers:
+            if not isinstance(layer, HierarchicalStates):
+                self._reserve(layer, max(self._host) + 1)
+
+    def count_step(self) -> None:
+        """Tell the host that a replayed step has counted one token of every sequence on the device."""
+        self._host = [p + 1 for p in self._host]
+        self._lengths = None
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within, forwards leave the positions, on the host and on the device, as they were."""
+        positions, host = self.positions.clone(), self._host
+        yield
+        self._host = host
+        self._lengths = None
+        if not torch.cuda.is_current_stream_capturing():
+            self.positions.copy_(positions)
 
     def _host_lengths(self, lengths: Sequence[int] | Tensor | None, n: int | None) -> list[int]:
         """`lengths` as integers; a tensor is read once per forward, not once per layer."""
@@ -260,6 +289,7 @@ class LongNetCache:
     def reset(self) -> None:
         """Forget everything; buffers stay allocated (stale rows are never read)."""
         self.positions = torch.zeros_like(self.positions)
+        self.version += 1
         self._host = [0] * self.batch_size
         for layer in self.layers:
             if isinstance(layer, HierarchicalStates):
@@ -279,6 +309,7 @@ class LongNetCache:
         index = indices.to(self.device)
         host_index = torch.arange(self.batch_size)[indices.cpu()].tolist()
         self.positions = self.positions[index]
+        self.version += 1
         self._host = [self._host[b] for b in host_index]
         self.layers = [
             layer.select(host_index)
