@@ -234,6 +234,32 @@ def test_a_checkpoint_that_cannot_be_written_obeys_the_policy(config, monkeypatc
     ]
 
 
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_records_that_cannot_be_written_obey_the_policy(config, tmp_path, monkeypatch, policy):
+    from longnet.train import trainer
+
+    calls = []
+
+    def full(path, mode="r"):
+        calls.append(path)
+        stream = open(path, mode)  # noqa: SIM115 - handed on, as open does
+        if len(calls) in (3, 4):
+            stream.write('{"step": 3, "lo')
+            stream.close()
+            raise OSError(28, "No space left on device")
+        return stream
+
+    monkeypatch.setattr(trainer, "open", full, raising=False)
+    config = dataclasses.replace(config, on_save_error=policy)
+    if policy == "stop":
+        with pytest.raises(OSError, match="No space"):
+            train(config)
+        assert [r["step"] for r in records(config.output)] == [1, 2]
+        return
+    assert train(config).finished
+    assert [r["step"] for r in records(config.output)] == list(range(1, 9))
+
+
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(checkpoint.CheckpointWriteError, match=str(tmp_path / "file")):
