@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from longnet.model.cache import LongNetCache
 from longnet.model.config import LongNetConfig
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
+from longnet.model.folder import furnish
 from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
 
@@ -33,6 +35,12 @@ class LongNetPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongNetLayer"]  # noqa: RUF012 - Hugging Face's own convention
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in transformers; the folder also gets a stub for `trust_remote_code=True` and a model card."""
+        if is_main_process:
+            furnish(self, Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

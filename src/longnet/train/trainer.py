@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import checkpoint
 from longnet.train.data import TokenDataset, WindowSampler
@@ -138,6 +139,7 @@ def train(
     finished, picture = run.step >= config.steps, None
     if finished:
         run.model.save_pretrained(config.output / "model")
+        byte_tokenizer().save_pretrained(config.output / "model")
         picture = config.output / "loss.png"
         picture = picture if plot(run.metrics, picture) else None
     parameters = sum(p.numel() for p in run.model.parameters())
