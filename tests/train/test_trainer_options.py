@@ -289,3 +289,19 @@ def test_held_out_text_is_needed_only_where_it_is_used(config, tmp_path):
     with pytest.raises(ValueError, match="validation"):
         train(dataclasses.replace(one, eval_every=1, output=tmp_path / "again"))
     assert len(TokenDataset(tmp_path / "one").split("train")) == TokenDataset(tmp_path / "one").meta["tokens"]
+
+
+@pytest.mark.parametrize("chunk", [24, None])
+def test_chunked_steps_are_the_whole_steps(config, tmp_path, chunk):
+    train(dataclasses.replace(config, output=tmp_path / "whole", accumulation=2))
+    options = {"sequence_strategy": "chunked", "chunk_tokens": chunk, "accumulation": 2}
+    train(dataclasses.replace(config, output=tmp_path / "chunked", **options))
+    for whole, chunked in zip(records(tmp_path / "whole"), records(tmp_path / "chunked"), strict=True):
+        assert chunked["loss"] == pytest.approx(whole["loss"], rel=2e-4)
+        assert chunked["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=2e-3)
+
+
+def test_chunked_steps_refuse_hierarchical_layers(config):
+    model = MODEL | {"attention": "hierarchical"}
+    with pytest.raises(ValueError, match="sequence_strategy"):
+        train(dataclasses.replace(config, model=model, sequence_strategy="chunked"))

@@ -113,6 +113,7 @@ def chunked_backward(
     targets: Tensor,
     chunk: int,
     dtype: torch.dtype | None = None,
+    scale: float = 1.0,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Accumulate the exact gradient of the mean loss into the parameters' .grad; the loss (nats) is returned, detached.
@@ -123,6 +124,7 @@ def chunked_backward(
             -100 is ignored.
         chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `choose_chunk`.
         dtype: of the kept rows; None is the autocast dtype if autocast is on, else the dtype of the weights.
+        scale: factor on the gradients, not on the loss that is returned.
         on_chunk: called with (chunks done, chunks to do), both passes counted.
 
     Raises:
@@ -158,7 +160,7 @@ def chunked_backward(
             input_ids[:, part].to(device), targets=targets[:, part].to(device), past_key_values=store
         )
         loss = losses.sum() / count
-        loss.backward()
+        (loss * scale).backward()
         total += loss.detach()
         done += 1
         if on_chunk is not None:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import checkpoint
+from longnet.train.chunked import choose_chunk, chunked_backward
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.monitor import Monitor, plot
 
@@ -67,6 +69,10 @@ class TrainConfig:
     """torch.compile the model."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
+    sequence_strategy: Literal["whole", "chunked"] = "whole"
+    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
+    chunk_tokens: int | None = None
+    """Tokens of a chunk; None takes the size that needs the least memory."""
     seed: int = 0
     """Of initial weights and data order."""
     save_every: int = 200
@@ -188,10 +194,7 @@ class _Run:
         total = 0.0
         for _ in range(config.accumulation):
             ids = self.sampler.next_batch().to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = self.forward(input_ids=ids, labels=ids).loss / config.accumulation
-            loss.backward()
-            total += float(loss.detach())
+            total += float(self.backward(ids)) / config.accumulation
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteLoss(
@@ -214,6 +217,18 @@ class _Run:
             "tokens": tokens * self.step,
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
+
+    def backward(self, ids: Tensor) -> Tensor:
+        """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            if config.sequence_strategy == "chunked":
+                targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
+                chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
+                return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
+            loss = self.forward(input_ids=ids, labels=ids).loss
+        (loss / config.accumulation).backward()
+        return loss.detach()
 
     def _learning_rate(self) -> float:
         config, step = self.config, self.step + 1
@@ -371,6 +386,11 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"{name}: expected at least 0; got {getattr(config, name)}")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
+    if config.chunk_tokens is not None and config.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
+    kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
+    if config.sequence_strategy == "chunked" and "hierarchical" in kinds:
+        raise ValueError("sequence_strategy: expected 'whole' for a model with hierarchical layers; got 'chunked'")
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
