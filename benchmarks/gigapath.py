@@ -110,7 +110,9 @@ def main() -> None:
         record: dict[str, Any] = {"tiles": tiles, "dtype": str(arguments.dtype).removeprefix("torch.")}
         if theirs is not None:
             record["relative_distance"] = compare(ours, theirs, x, coords)
-            record["torchscale"] = measure(lambda x=x, c=coords: theirs(x, c), arguments.device, arguments.repeats)
+            record["torchscale"] = measure(
+                lambda x=x, c=coords: theirs(x, c), arguments.device, arguments.repeats
+            )
         record["longnet"] = measure(lambda x=x, c=coords: ours(x, c), arguments.device, arguments.repeats)
         if theirs is not None:
             record["speedup"] = record["torchscale"]["ms"] / record["longnet"]["ms"]

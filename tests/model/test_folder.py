@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+
 from longnet import LongNetConfig, LongNetForCausalLM
 from longnet.integrations import byte_tokenizer
 
