@@ -40,6 +40,11 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture
+def accelerate():
+    return pytest.importorskip("accelerate")
+
+
 def arguments(folder, **options):
     fields = {
         "learning_rate": 1e-2,
@@ -56,7 +61,7 @@ def documents(n=16):
     return [{"input_ids": encode("abcdefgh" * 5)[i % 8 : 30 + i % 8].tolist()} for i in range(n)]
 
 
-def test_trainer_learns_saves_and_resumes(tmp_path):
+def test_trainer_learns_saves_and_resumes(tmp_path, accelerate):
     rows = [{**row, "labels": row["input_ids"]} for row in documents()]
     options = {"max_steps": 8, "save_steps": 4, "gradient_checkpointing": True}
 
@@ -79,7 +84,7 @@ def test_trainer_learns_saves_and_resumes(tmp_path):
     Version(transformers.__version__) < Version("5.17"),
     reason="transformers 5.4's Trainer under accelerate 1.15 divides accumulated gradients once more, for any model",
 )
-def test_trainer_counts_items_of_the_whole_batch(tmp_path):
+def test_trainer_counts_items_of_the_whole_batch(tmp_path, accelerate):
     """Accumulated gradients of unequal documents equal those of one large batch."""
     rows = [
         {"input_ids": r["input_ids"][: 5 + 3 * i], "labels": r["input_ids"][: 5 + 3 * i]}
@@ -120,7 +125,7 @@ def test_text_generation_pipeline(tmp_path):
         assert list(ids) == alone[0, -6:].tolist()
 
 
-def test_text_classification_trained_and_piped(tmp_path):
+def test_text_classification_trained_and_piped(tmp_path, accelerate):
     model = LongNetForSequenceClassification(
         config(num_labels=2, id2label={0: "low", 1: "high"}, bidirectional=True)
     )
@@ -135,7 +140,7 @@ def test_text_classification_trained_and_piped(tmp_path):
     assert alone == pytest.approx([r["score"] for r in results], abs=1e-5)
 
 
-def test_token_classification_offsets_are_characters(tmp_path):
+def test_token_classification_offsets_are_characters(tmp_path, accelerate):
     labels = {0: "O", 1: "B-X", 2: "I-X"}
     model = LongNetForTokenClassification(config(num_labels=3, id2label=labels, bidirectional=True))
     text = "so €é😀: x €é😀 and €é"
@@ -192,8 +197,7 @@ def test_peft_lora(tmp_path):
     assert out.shape[1] == ids.shape[1] + 3
 
 
-def test_accelerate(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
+def test_accelerate(tmp_path, accelerate):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = LongNetForCausalLM(config())
     loader = torch.utils.data.DataLoader([torch.tensor(r["input_ids"]) for r in documents()], batch_size=4)
