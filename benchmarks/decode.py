@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from longnet import DilatedPattern, LongNetCache, LongNetConfig, LongNetForCausalLM
+from longnet.model.graph import GraphedStep
 from run import environment
 
 SIZE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -65,10 +66,14 @@ def check(model: LongNetForCausalLM, ids: torch.Tensor, chunk: int, device: str)
 def steps(model: LongNetForCausalLM, cache: LongNetCache, count: int, device: str) -> list[float]:
     """p20, median, p80 milliseconds of `count` single-token steps; three more before them warm up."""
     token = torch.full((1, 1), 65, device=cache.device)
+    captured = GraphedStep(model, cache) if device == "cuda" else None
     times = []
     for i in range(count + 3):
         began = now(device)
-        read(model, cache, token, 1)
+        if captured is None:
+            read(model, cache, token, 1)
+        else:
+            captured(token)
         elapsed = 1e3 * (now(device) - began)
         if i >= 3:
             times.append(elapsed)

@@ -4,8 +4,10 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -80,6 +82,34 @@ def test_prepare_and_train_say_what_they_did(trained):
     assert (folder / "run" / "loss.png").stat().st_size > 1000
 
 
+def test_a_terminated_run_exits_0_at_once_and_continues(trained, longnet, tmp_path):
+    """C6: twice SIGTERM in the middle of training; a checkpoint, exit code 0, and the same command goes on."""
+    folder, *_ = trained
+    arguments = (
+        "train", "--data", folder / "data", "--output", tmp_path / "run", "--sequence-length", 64, "--batch-size", 2,
+        "--steps", 400, "--save-every", 1000, "--device", "cpu", "--model", *MODEL,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "longnet", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, started = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+    while process.poll() is None and time.monotonic() - started < 100:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 5:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    out, error = process.communicate(timeout=25)
+    assert process.returncode == 0, error
+    assert time.monotonic() - asked < 25
+    assert "run the same command to continue" in out
+    code, out, _ = longnet(*arguments)
+    assert code == 0
+    assert "step 400" in out
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 401))
+
+
 def test_eval_reads_a_stream_and_windows(trained, longnet):
     folder, *_ = trained
     model, file = folder / "run" / "model", folder / "texts" / "1.txt"
@@ -109,6 +139,10 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
     assert piped.returncode == 0, piped.stderr
     assert outputs[0][0] == 0
     assert outputs[0][1] == outputs[1][1] == piped.stdout.decode()
+    written = outputs[0][1]
+    assert len(written) > 4
+    code, out, _ = longnet(*common, "--prompt", "the quick", "--stop", written[1:3], "xyz")
+    assert out.rstrip("\n") == written[: written.index(written[1:3]) + 2]
     code, *_ = longnet(*common, "--prompt", "the quick", "--cache-out", tmp_path / "cache")
     assert code == 0
     code, out, _ = longnet(*common, "--prompt", " brown", "--cache-in", tmp_path / "cache")

@@ -115,6 +115,32 @@ def test_resume_from_another_folder_or_one_checkpoint(config, tmp_path):
         train(dataclasses.replace(config, output=tmp_path / "fourth", resume=str(tmp_path)))
 
 
+def test_a_damaged_checkpoint_is_passed_over_with_its_reason(config, tmp_path):
+    train(dataclasses.replace(config, output=tmp_path / "whole"))
+    train(config, stop_at(6))
+    file = config.output / "checkpoints" / "step-00000006" / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    summary = train(config)
+    assert summary.resumed_from == 4
+    assert len(summary.skipped) == 1
+    assert str(file) in summary.skipped[0]
+    assert summary.skipped[0].count("sha256") == 1
+    assert [r["loss"] for r in records(config.output)] == [r["loss"] for r in records(tmp_path / "whole")]
+
+
+def test_another_configuration_is_refused_with_every_difference(config):
+    train(config, stop_at(2))
+    weights = checkpoint.load(config.output / "checkpoints" / "step-00000002")[0]["weights"]
+    other = {**MODEL, "hidden_size": 64, "dilation_rates": [1, 8]}
+    changed = dataclasses.replace(config, model=other, seed=5, learning_rate=0.5, save_every=3)
+    with pytest.raises(ValueError, match=r"differing: model: .*learning_rate: .*seed: "):
+        train(changed)
+    again = checkpoint.load(config.output / "checkpoints" / "step-00000002")[0]["weights"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 def test_tensorboard_gets_the_same_figures(config):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(dataclasses.replace(config, tensorboard=True, eval_every=4, eval_windows=2, sample_every=8))

@@ -89,12 +89,14 @@ def forward(
     start: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Nq, H, D), lse (B, H, Nq); arguments as in `dilated_attention`, already checked."""
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if not q.shape[0]:
+        return q.new_empty(q.shape), q.new_empty((0, q.shape[2], q.shape[1]), dtype=statistics)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     if lengths is not None:
         return _per_sequence_forward(q, k, v, lengths, pattern, causal, scale, start)
     if q.device.type == "cpu" and not (_finite(k) and _finite(v)):
         return _forward_around_broken_keys(q, k, v, pattern, causal, scale, start)
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     num_queries, num_heads = q.shape[1:3]
     # CPU merges in fp32 and rounds once; on GPU the merge kernel rounds a row once per branch it lies in (2 on average).
     keep = q.dtype if q.is_cuda else statistics
@@ -138,6 +140,8 @@ def backward(
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). Per branch the library's flash backward, fed with the merged out and lse."""
+    if not q.shape[0]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     if lengths is not None:
         return _per_sequence_backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)

@@ -98,6 +98,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = 0.95,
     seed: int | None = None,
+    stop: tuple[str, ...] = (),
     cache_in: Path | None = None,
     cache_out: Path | None = None,
 ) -> None:
@@ -112,6 +113,7 @@ def generate(
         top_k: Sample among the k likeliest.
         top_p: Sample among the fewest bytes that hold this much probability.
         seed: Makes the result repeatable.
+        stop: Texts that end the continuation.
         cache_in: Continue what was read before: a file made by --cache-out.
         cache_out: Save what was read and written, to ask again later without reading again.
     """
@@ -135,6 +137,7 @@ def generate(
         seed=seed,
         cache=cache,
         eos_token_id=text.EOS,
+        stop_sequences=[text.encode(s).tolist() for s in stop],
         on_token=lambda _, token: print(decoder.feed([token]), end="", flush=True),
     )
     print(decoder.feed([], final=True))

@@ -22,7 +22,7 @@ def expand(arguments: list[str]) -> list[str]:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder) / "small.toml"
-        ...     _ = path.write_text('preset = "tiny"\\\nsteps = 5\\\n[model]\\\nnum_hidden_layers = 2')
+        ...     _ = path.write_text('preset = "tiny"\nsteps = 5\n[model]\nnum_hidden_layers = 2')
         ...     expand(["train", "--config", str(path), "--steps", "9"])
         ['train', '--preset', 'tiny', '--model', 'num_hidden_layers=2', '--steps', '9']
     """

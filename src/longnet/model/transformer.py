@@ -60,7 +60,13 @@ class LongNetPreTrainedModel(PreTrainedModel):
 
 
 class LongNetModel(LongNetPreTrainedModel):
-    """Token embeddings, the layers and a final norm. Returns (B, N, hidden)."""
+    """Token embeddings, the layers and a final norm. Returns (B, N, hidden).
+
+    Example:
+        >>> encoder = LongNetModel(LongNetConfig.preset("tiny", num_hidden_layers=1, bidirectional=True))
+        >>> encoder(input_ids=torch.randint(4, 260, (2, 50))).last_hidden_state.shape
+        torch.Size([2, 50, 128])
+    """
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
@@ -185,8 +191,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     exist at once.
 
     Example:
-        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny"))
-        >>> loss = model(input_ids=ids, labels=ids).loss
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> ids = torch.randint(4, 260, (2, 50))
+        >>> model(input_ids=ids, labels=ids).loss.shape
+        torch.Size([])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -349,7 +357,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> bool:
         """Make nothing: `forward` makes a `LongNetCache` at its first call, when the batch (with
-        beams) is known."""
+        beams) is known. Only a prefill in chunks asks for one before."""
         if (cache := model_kwargs.get("past_key_values")) is not None:
             cache._is_user_defined = True
+        elif generation_config.prefill_chunk_size is not None and model_kwargs.get("use_cache") is not False:
+            beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = LongNetCache(
+                self.config, batch_size * beams, self.device, self.dtype
+            )
         return False

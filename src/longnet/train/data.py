@@ -55,8 +55,8 @@ def prepare(
     or not at all.
 
     Which documents are held out follows from a hash of each document's bytes: adding text moves no old document to the
-    other split, and copies of one document are never in both. Training documents come first in tokens.bin. Where at least
-    two documents give no held-out one, the one with the smallest hash is.
+    other split, and copies of one document are never in both. Training documents come first in tokens.bin. Neither split is
+    empty by chance: the smallest hash of at least two documents is held out, the largest of any number is not.
 
     Raises:
         ValueError: no readable document, an existing output, bad arguments, or bad input under "fail".
@@ -95,6 +95,8 @@ def prepare(
         held_out = [h < validation_fraction * 2**64 for h in hashes]
         if validation_fraction and len(hashes) > 1 and not any(held_out):
             held_out[hashes.index(min(hashes))] = True
+        if all(held_out):
+            held_out[hashes.index(max(hashes))] = False
         report.validation_documents = sum(held_out)
         _write_split(temporary, offsets, held_out)
         os.rename(temporary, output)

@@ -174,5 +174,5 @@ def _by_bucket(borders: list[int], first: int, losses: np.ndarray) -> np.ndarray
     """(B, buckets): sums of losses (B, n) whose first column is position `first`."""
     buckets = np.searchsorted(borders, np.arange(first, first + losses.shape[1]), "right") - 1
     sums = np.zeros((len(losses), len(borders) - 1))
-    np.add.at(sums, (slice(None), buckets), losses)
+    np.add.at(sums.T, buckets, losses.T)
     return sums
