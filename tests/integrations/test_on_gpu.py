@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from longnet import DilatedPattern, HierarchicalPattern
 from longnet.integrations import StreamingCache, patch
 from longnet.integrations.gigapath import GigaPathSlideEncoder
 from longnet.integrations.torchscale import TorchscaleConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +19,12 @@ def llama(pattern):
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        **sizes, num_key_value_heads=2, vocab_size=97, pad_token_id=0, eos_token_id=None, initializer_range=0.08
+        **sizes,
+        num_key_value_heads=2,
+        vocab_size=97,
+        pad_token_id=0,
+        eos_token_id=None,
+        initializer_range=0.08,
     )
     return patch(LlamaForCausalLM(config).eval(), pattern)
 

@@ -5,10 +5,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longnet import text
 from longnet.integrations import byte_tokenizer
+from longnet.train import TrainConfig, train
+from longnet.train.data import prepare
 
 TOKENIZER = byte_tokenizer()
 SAMPLE = "Aé€😀\r\n\t  x <pad><eos></s>\u200d\x00 end "
@@ -56,3 +58,15 @@ def test_batches_are_padded_on_the_left():
 def test_a_lone_surrogate_is_refused():
     with pytest.raises((TypeError, UnicodeEncodeError, ValueError)):
         TOKENIZER("\ud800")
+
+
+def test_a_training_run_leaves_it_next_to_the_model(tmp_path):
+    (tmp_path / "text.txt").write_text("some text, over and over. " * 40)
+    (tmp_path / "more.txt").write_text("other text, held out. " * 40)
+    prepare([tmp_path / "text.txt", tmp_path / "more.txt"], tmp_path / "data")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"sequence_length": 32, "batch_size": 1, "steps": 1, "device": "cpu", "model": sizes}
+    train(TrainConfig(data=tmp_path / "data", output=tmp_path / "run", **options))
+    folder = tmp_path / "run" / "model"
+    assert AutoTokenizer.from_pretrained(folder)(SAMPLE).input_ids == text.encode(SAMPLE).tolist()
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 16
