@@ -150,7 +150,7 @@ class LongNetModel(LongNetPreTrainedModel):
         recomputes = self.training and self.gradient_checkpointing
         if cache is None and (not use_cache or recomputes):
             return None
-        if recomputes:
+        if recomputes and not getattr(cache, "differentiable", False):
             raise ValueError(
                 "a cache cannot be used with gradient checkpointing; pass past_key_values=None or"
                 " call model.eval()"

@@ -74,7 +74,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What to do when a checkpoint cannot be written, say on a full disk; the last one of a run must be written."""
+    """What to do when a checkpoint or a record cannot be written, say on a full disk; the last checkpoint must be written."""
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
     eval_every: int = 0
@@ -176,6 +176,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self.step, self.skipped = 0, []
         self.save_error: str | None = None
+        self.unlogged: list[str] = []
         config.output.mkdir(parents=True, exist_ok=True)
         self.metrics = config.output / "metrics.jsonl"
         self.restore()
@@ -222,8 +223,18 @@ class _Run:
         return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     def log(self, record: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        """Append to metrics.jsonl whole lines; under on_save_error="continue" what cannot be written waits for the next time."""
+        self.unlogged.append(json.dumps(record) + "\n")
+        size = self.metrics.stat().st_size
+        try:
+            with open(self.metrics, "a") as stream:
+                stream.write("".join(self.unlogged))
+        except OSError:
+            os.truncate(self.metrics, size)
+            if self.config.on_save_error == "stop":
+                raise
+        else:
+            self.unlogged.clear()
 
     def save(self) -> None:
         states = self.optimizer.state_dict()["state"]
@@ -330,6 +341,19 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig) -> None:
+    known = LongNetConfig.preset(config.preset).to_dict()
+    unknown = [name for name in config.model if name not in known]
+    if unknown:  # a configuration keeps unknown fields without a word
+        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    try:
+        device = torch.device("cpu" if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f'device: expected "auto", "cpu" or "cuda"; got {config.device!r}') from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
+            "says what is there"
+        )
     for name in (
         "sequence_length",
         "batch_size",
