@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from longnet.integrations.gigapath import (
     GigaPathSlideEncoder,
     gigapath_segment_lengths,
