@@ -7,6 +7,7 @@ import sys
 import tyro
 
 import longnet
+from longnet.cli.classify import classify
 from longnet.cli.demo import demo
 from longnet.cli.machine import bench, doctor, explain
 from longnet.cli.read import evaluate, generate
@@ -18,6 +19,7 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "classify": classify,
     "explain": explain,
     "doctor": doctor,
     "bench": bench,
