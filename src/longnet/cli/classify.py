@@ -122,14 +122,20 @@ def _predict(command: ClassifyPredict) -> None:
             stream.close()
     if cut:
         print(
-            f"{cut} documents were longer than the {classifier.max_bytes} bytes this model reads", file=sys.stderr
+            f"{cut} documents were longer than the {classifier.max_bytes} bytes this model reads",
+            file=sys.stderr,
         )
 
 
 def _evaluate(command: ClassifyEval) -> None:
     classifier = DocumentClassifier.load(command.model, command.device)
     documents, gold = read_labelled(
-        command.input, command.label, command.text, classifier.multi_label, command.on_invalid, classifier.labels
+        command.input,
+        command.label,
+        command.text,
+        classifier.multi_label,
+        command.on_invalid,
+        classifier.labels,
     )
     logits = classifier.logits([classifier.ids(d.text) for d in documents], command.batch_tokens)
     odds = torch.sigmoid(logits) if classifier.multi_label else torch.softmax(logits, -1)
@@ -148,4 +154,6 @@ def _evaluate(command: ClassifyEval) -> None:
         if "confusion" not in report:
             raise ValueError("confusion: expected single labels; a multi-label model has no confusion matrix")
         if not plot_confusion(report["confusion"], classifier.labels, command.confusion):
-            raise ValueError('confusion: expected matplotlib; install it with pip install "longnet-attention[plots]"')
+            raise ValueError(
+                'confusion: expected matplotlib; install it with pip install "longnet-attention[plots]"'
+            )

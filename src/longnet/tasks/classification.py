@@ -68,7 +68,11 @@ class DocumentClassifier:
     """
 
     def __init__(
-        self, model: LongNetForSequenceClassification, labels: list[str], multi_label: bool, max_bytes: int | None
+        self,
+        model: LongNetForSequenceClassification,
+        labels: list[str],
+        multi_label: bool,
+        max_bytes: int | None,
     ) -> None:
         self.model, self.labels, self.multi_label, self.max_bytes = model, labels, multi_label, max_bytes
 
@@ -79,7 +83,9 @@ class DocumentClassifier:
             task = json.loads((path / "task.json").read_text())
             labels, multi, most = task["labels"], task["multi_label"], task["max_bytes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"model: expected a folder made by `longnet classify train`; got {path}: {error!r}") from None
+            raise ValueError(
+                f"model: expected a folder made by `longnet classify train`; got {path}: {error!r}"
+            ) from None
         model = LongNetForSequenceClassification.from_pretrained(path).eval()
         torch.nn.Module.to(model, pick_device(device))
         return cls(model, labels, multi, most)
@@ -165,7 +171,9 @@ def important_passages(offsets: Offsets, weights: np.ndarray, count: int) -> lis
     passages = []
     for i in np.argsort(-mass, kind="stable")[:count].tolist():
         start, end = offsets.characters(borders[i], borders[i + 1])
-        passages.append({"start": start, "end": end, "weight": float(mass[i]), "text": offsets.text[start:end]})
+        passages.append(
+            {"start": start, "end": end, "weight": float(mass[i]), "text": offsets.text[start:end]}
+        )
     return passages
 
 
@@ -175,14 +183,21 @@ def labels_of(document: Document, name: str, multi_label: bool) -> list[str]:
     if multi_label and isinstance(value, str):
         value = [part.strip() for part in value.split("|") if part.strip()]
     many = value if isinstance(value, list) else [value]
-    if any(not isinstance(x, str | int) or isinstance(x, bool) for x in many) or (isinstance(value, list) and not multi_label):
+    if any(not isinstance(x, str | int) or isinstance(x, bool) for x in many) or (
+        isinstance(value, list) and not multi_label
+    ):
         wanted = "a list of labels" if multi_label else "one label (multi_label allows several)"
         raise ValueError(f"{document.source}: {name!r}: expected {wanted}; got {value!r}")
     return [str(x) for x in many]
 
 
 def read_labelled(
-    path: Path, label: str, text: str, multi_label: bool, on_invalid: OnInvalid, known: Sequence[str] | None = None
+    path: Path,
+    label: str,
+    text: str,
+    multi_label: bool,
+    on_invalid: OnInvalid,
+    known: Sequence[str] | None = None,
 ) -> tuple[list[Document], list[list[str]]]:
     """Documents and their labels; with `known`, other labels are an error that names file and line."""
     documents = read_documents(path, required=(label,), text=text, on_invalid=on_invalid)
@@ -198,7 +213,11 @@ def read_labelled(
 
 def held_out(document_id: str, share: int = 10) -> bool:
     """Whether a document belongs to the held-out 1 / share: by a hash of its id, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()[:4], "big") % share == 0
+    return (
+        int.from_bytes(hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()[:4], "big")
+        % share
+        == 0
+    )
 
 
 def train_classifier(
@@ -230,7 +249,9 @@ def train_classifier(
         documents = [d for d, mark in zip(documents, marks, strict=True) if not mark]
         gold = [g for g, mark in zip(gold, marks, strict=True) if not mark]
     if not documents or not others:
-        raise ValueError(f"{config.train}: expected at least two documents, to hold one out; give --validation")
+        raise ValueError(
+            f"{config.train}: expected at least two documents, to hold one out; give --validation"
+        )
     classifier, summary, report = fit_classifier(
         config, known, [d.text for d in documents], gold, [d.text for d in others], others_gold, on_event
     )
@@ -300,9 +321,7 @@ def _targets(gold: Sequence[list[str]], labels: list[str], multi: bool) -> Tenso
     return targets
 
 
-def _class_weights(
-    gold: Sequence[list[str]], labels: list[str], kind: str, multi: bool
-) -> Tensor | None:
+def _class_weights(gold: Sequence[list[str]], labels: list[str], kind: str, multi: bool) -> Tensor | None:
     """Single label: documents / (labels x count). Multi-label: negatives / positives, at most 100."""
     if kind == "none":
         return None
@@ -331,7 +350,9 @@ def plot_confusion(confusion: list[list[int]], labels: list[str], picture: Path)
     axes.set_yticks(range(len(labels)), [label[:24] for label in labels])
     if len(labels) <= 20:
         for i, j in np.argwhere(counts > 0).tolist():
-            axes.text(j, i, int(counts[i, j]), ha="center", va="center", color="w" if shares[i, j] > 0.5 else "k")
+            axes.text(
+                j, i, int(counts[i, j]), ha="center", va="center", color="w" if shares[i, j] > 0.5 else "k"
+            )
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)

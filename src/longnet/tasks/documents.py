@@ -139,7 +139,9 @@ def _csv_rows(path: Path, text: str, on_invalid: OnInvalid) -> Iterator[Document
         for row in reader:
             source, line = f"{path}:{line + 1}", reader.line_num
             if None in row or None in row.values():
-                raise ValueError(f"{source}: expected {len(reader.fieldnames or ())} columns; got more or fewer")
+                raise ValueError(
+                    f"{source}: expected {len(reader.fieldnames or ())} columns; got more or fewer"
+                )
             fields = {k: v for k, v in row.items() if k not in (text, "id")}
             yield Document(row.get("id") or f"{path.name}:{line}", row[text], source, fields)
     except csv.Error as error:

@@ -78,7 +78,12 @@ def pick_device(name: str) -> torch.device:
 def build_model(cls: type[M], config: FitConfig, **fields: Any) -> M:
     """A bidirectional model of class `cls`, fresh or with the layers of `config.pretrained`."""
     torch.manual_seed(config.seed)
-    overrides = {**{k: _value(k, v) for k, v in config.model.items()}, **fields, "bidirectional": True, "classifier_dropout": config.dropout}
+    overrides = {
+        **{k: _value(k, v) for k, v in config.model.items()},
+        **fields,
+        "bidirectional": True,
+        "classifier_dropout": config.dropout,
+    }
     if config.pretrained is None:
         model: Any = cls(LongNetConfig.preset(config.preset, **overrides))
     elif not (config.pretrained / "config.json").is_file():
@@ -212,7 +217,7 @@ def _update(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     if not bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
         raise NonFiniteTaskLoss(
-            f"step {step + 1}: expected a finite loss and gradient; got {float(loss)} and {float(norm)}; lower the"
+            f"step {step + 1}: expected a finite loss and gradient; got {float(loss.detach())} and {float(norm)}; lower the"
             " learning rate"
         )
     warm = min(1.0, (progress + 1e-3) / 0.05)

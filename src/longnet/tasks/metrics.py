@@ -28,7 +28,11 @@ def classification_report(
     for label in labels:
         both = sum(label in g and label in p for g, p in pairs)
         support, claimed = sum(label in g for g, _ in pairs), sum(label in p for _, p in pairs)
-        per_class[label] = {**precision_recall_f1(both, claimed, support), "support": support, "predicted": claimed}
+        per_class[label] = {
+            **precision_recall_f1(both, claimed, support),
+            "support": support,
+            "predicted": claimed,
+        }
         hits += both
     present = [c["f1"] for c in per_class.values() if c["support"] or c["predicted"]]
     micro = precision_recall_f1(hits, sum(len(p) for _, p in pairs), sum(len(g) for g, _ in pairs))
@@ -59,9 +63,7 @@ def set_f1(gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Hash
     )
 
 
-def b_cubed(
-    gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Hashable]]
-) -> dict[str, float]:
+def b_cubed(gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Hashable]]) -> dict[str, float]:
     """B3 of one document's clusters (Bagga and Baldwin 1998), over mentions.
 
     precision: mean over predicted mentions of |its predicted cluster and its gold cluster| / |its predicted cluster|;
@@ -71,7 +73,9 @@ def b_cubed(
     predicted_of = {m: c for c in map(frozenset, predicted) for m in c}
     empty: frozenset[Hashable] = frozenset()
     precision = sum(len(c & gold_of.get(m, empty)) / len(c) for m, c in predicted_of.items() if m in gold_of)
-    recall = sum(len(c & predicted_of.get(m, empty)) / len(c) for m, c in gold_of.items() if m in predicted_of)
+    recall = sum(
+        len(c & predicted_of.get(m, empty)) / len(c) for m, c in gold_of.items() if m in predicted_of
+    )
     p = precision / len(predicted_of) if predicted_of else 0.0
     r = recall / len(gold_of) if gold_of else 0.0
     return {"precision": p, "recall": r, "f1": 2 * p * r / (p + r) if p + r else 0.0}
