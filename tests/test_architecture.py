@@ -39,6 +39,7 @@ def test_public_names():
     assert longnet.__all__ == [
         "AttentionOutput",
         "DilatedPattern",
+        "HierarchicalPattern",
         "LongNetCache",
         "LongNetConfig",
         "LongNetForCausalLM",
@@ -48,6 +49,7 @@ def test_public_names():
         "LongNetModel",
         "dilated_attention",
         "explain",
+        "hierarchical_attention",
     ]
 
 

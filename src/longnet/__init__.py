@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longnet.attention import AttentionOutput, dilated_attention, explain
-from longnet.patterns import DilatedPattern
+from longnet.attention.hierarchical import hierarchical_attention
+from longnet.patterns import DilatedPattern, HierarchicalPattern
+from longnet.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from longnet.model import (
@@ -31,6 +33,7 @@ _MODEL_NAMES = (
 __all__ = [
     "AttentionOutput",
     "DilatedPattern",
+    "HierarchicalPattern",
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",
@@ -40,6 +43,7 @@ __all__ = [
     "LongNetModel",
     "dilated_attention",
     "explain",
+    "hierarchical_attention",
 ]
 
 
@@ -50,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(model, name)
     raise AttributeError(f"module 'longnet' has no attribute {name!r}")
+
+
+register_with_transformers()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from longnet.attention import strided
 from longnet.attention.dilated import AttentionOutput, dilated_attention
-from longnet.attention.merge import merge
 from longnet.patterns import DilatedPattern
 
 Buffers = Sequence[tuple[Tensor, Tensor]]
@@ -52,10 +51,18 @@ def prefill_attention(
     runs = _rectangles(pattern, q.shape[2], k.shape[2], start, q.shape[1], start)
     if not runs:
         return AttentionOutput(out, lse)
-    total = out.to(lse.dtype, memory_format=torch.contiguous_format, copy=True)
-    lse = lse.clone(memory_format=torch.contiguous_format)
+    if fused_steps(out) and not out.requires_grad:
+        total = out  # the joining kernel works in fp32 and rounds once a branch, as within a single pass
+    else:
+        total = out.to(lse.dtype, memory_format=torch.contiguous_format, copy=True)
+        lse = lse.clone(memory_format=torch.contiguous_format)
     _add_rectangles(q, buffers, runs, total, lse)
     return AttentionOutput(total.to(q.dtype), lse)
+
+
+def fused_steps(x: Tensor) -> bool:
+    """Whether the kernels for single tokens and in-place joins can run on the device of x."""
+    return x.is_cuda and x.dtype != torch.float64 and strided.has_triton()
 
 
 def decode_attention(
@@ -78,6 +85,10 @@ def decode_attention(
     batch, _, num_heads, _ = q.shape
     # Every pattern has a branch of rate 1, whose slots are the key heads.
     num_key_heads = buffers[pattern.dilation_rates.index(1)][0].shape[2]
+    if fused_steps(q):
+        from longnet.kernels.decode import attend_token
+
+        return attend_token(q, pattern, buffers, num_key_heads, positions, 1 / math.sqrt(q.shape[3]))
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     if position is None:
         return _decode_ragged(q, pattern, buffers, positions, num_key_heads, max_position, work)
@@ -128,6 +139,10 @@ def write_step(
 
     `position`: the position, if the host knows that it is the same for all sequences.
     """
+    if fused_steps(k):
+        from longnet.kernels.decode import write_token
+
+        return write_token(buffers, k, v, pattern, num_heads, positions)
     if position is not None:
         return write_rows(buffers, k, v, pattern, num_heads, position)
     sequence = torch.arange(k.shape[0], device=k.device)[:, None]
@@ -242,12 +257,9 @@ def _add_rectangles(q: Tensor, buffers: Buffers, runs: Sequence[Run], out: Tenso
         where = (run.heads, head, step[0], token, step[2], run.tokens, run.rate)
         keys, values = (_view(x, run.heads, slot, step[1], 0, 0, run.rows, 1) for x in buffers[run.branch])
         partial, partial_lse = _attend(_view(q, *where), keys, values, scale)
-        total, denominator = _view(out, *where), _view(statistics, *where)
-        merged, merged_lse = merge(
-            total, denominator[..., 0], partial.to(out.dtype), partial_lse.to(lse.dtype)
-        )
-        total.copy_(merged)
-        denominator.copy_(merged_lse[..., None])
+        total, denominator = _view(out, *where), _view(statistics, *where)[..., 0]
+        parts = (total, denominator, partial, partial_lse.to(lse.dtype))
+        strided.merge_rows(*(x[:, None] for x in parts))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

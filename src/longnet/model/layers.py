@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longnet.attention.dilated import dilated_attention
+from longnet.attention.strided import has_triton
 
 if TYPE_CHECKING:
     from longnet.model.cache import LongNetCache
@@ -46,6 +47,12 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(dtype)
+
+
+def _turns_in_place(qkv: Tensor) -> bool:
+    """Whether one kernel may norm and turn queries and keys where they lie: on a GPU, with nothing to differentiate."""
+    fits = qkv.is_cuda and qkv.is_contiguous() and qkv.dtype != torch.float64
+    return fits and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and has_triton()
 
 
 class LongNetRMSNorm(nn.RMSNorm):
@@ -87,8 +94,14 @@ class LongNetAttention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
-        q = apply_rotary(self.q_norm(q), rotary, v.dtype)
-        k = apply_rotary(self.k_norm(k), rotary, v.dtype)
+        if _turns_in_place(qkv):
+            from longnet.kernels.rotary import norm_rotary_
+
+            weights = (self.q_norm.weight, self.k_norm.weight)
+            norm_rotary_(qkv, self.heads, self.key_heads, *weights, float(self.q_norm.eps or 0), *rotary)
+        else:
+            q = apply_rotary(self.q_norm(q), rotary, v.dtype)
+            k = apply_rotary(self.k_norm(k), rotary, v.dtype)
         if cache is not None:
             out = cache.attend(self.layer_index, q, k, v, lengths)
         else:
@@ -125,7 +138,12 @@ class LongNetLayer(GradientCheckpointingLayer):
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
         super().__init__()
         self.attention_norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = LongNetAttention(config, layer_index)
+        if config.attention_kinds()[layer_index] == "hierarchical":
+            from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
+
+            self.attention: nn.Module = LongNetHierarchicalAttention(config, layer_index)
+        else:
+            self.attention = LongNetAttention(config, layer_index)
         self.mlp_norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LongNetMLP(config)
 
