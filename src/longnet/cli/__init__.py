@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 import longnet
 from longnet.cli.classify import classify
 from longnet.cli.demo import demo
+from longnet.cli.extract import extract
 from longnet.cli.machine import bench, doctor, explain
 from longnet.cli.read import evaluate, generate
 from longnet.cli.recipe import expand, registry
@@ -22,6 +23,7 @@ COMMANDS = {
     "eval": evaluate,
     "generate": generate,
     "classify": classify,
+    "extract": extract,
     "explain": explain,
     "doctor": doctor,
     "bench": bench,
