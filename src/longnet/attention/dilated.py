@@ -65,7 +65,7 @@ def dilated_attention(
     """
     _check(q, k, v, pattern, causal, lengths, start, impl)
     _check_scale(scale)
-    chosen, reason = _choose(q, k, v)
+    chosen = _choose(q, k, v)
     if impl is not None and impl != chosen:
         reason = _unsupported(impl, q, k, v)
         if reason is not None:
@@ -87,8 +87,7 @@ def explain(q: Queries, k: Keys, v: Keys, pattern: DilatedPattern, *, lengths: L
         >>> print(explain(q, q, q, DilatedPattern((16,), (1,))).split(":")[0])
         dilated_attention takes impl='strided'
     """
-    chosen, reason = _choose(q, k, v)
-    lines = [f"dilated_attention takes impl={chosen!r}: {reason}"]
+    lines = [f"dilated_attention takes impl={_choose(q, k, v)!r}: {_why(q, k, v)}"]
     for impl in ("strided", "reference"):
         lines.append(f"  {impl}: {_unsupported(impl, q, k, v) or 'can run'}")
     return "\n".join(lines)
@@ -98,16 +97,18 @@ def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return strided.unsupported(q, k, v) if impl == "strided" else None
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
-    """(path, why): library attention over strided views wherever the library takes these tensors."""
-    reason = strided.unsupported(q, k, v)
-    if reason is not None:
-        return "reference", reason
+def _choose(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Library attention over strided views wherever the library takes these tensors."""
+    return "reference" if strided.unsupported(q, k, v) else "strided"
+
+
+def _why(q: Tensor, k: Tensor, v: Tensor) -> str:
+    # Apart from the choice: torch.compile cannot trace the question whether cuDNN is switched on.
+    if reason := strided.unsupported(q, k, v):
+        return reason
     if q.is_cuda:
-        return "strided", "cuDNN over strided views" if strided.has_cudnn(
-            q
-        ) else "FlashAttention over strided views"
-    return "strided", "library attention over strided views"
+        return f"{'cuDNN' if strided.has_cudnn(q) else 'FlashAttention'} over strided views"
+    return "library attention over strided views"
 
 
 def _check(

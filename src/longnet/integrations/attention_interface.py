@@ -150,7 +150,9 @@ def _hierarchical_pattern(config: Any) -> tuple[HierarchicalPattern, float]:
             f"config.longnet: expected the fields of a HierarchicalPattern; got {spec!r};"
             " call longnet.integrations.patch(model, HierarchicalPattern(...))"
         )
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()
+    }
     beta = fields.pop("router_mix", 0.0)
     return HierarchicalPattern(**fields), beta
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.train import checkpoint
+from longnet.train.chunked import choose_chunk, chunked_backward
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
 from longnet.train.monitor import Monitor, plot
@@ -70,6 +72,10 @@ class TrainConfig:
     """torch.compile the model."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
+    sequence_strategy: Literal["whole", "chunked"] = "whole"
+    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
+    chunk_tokens: int | None = None
+    """Tokens of a chunk; None takes the size that needs the least memory."""
     seed: int = 0
     """Of initial weights and data order."""
     save_every: int = 200
@@ -77,7 +83,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What to do when a checkpoint cannot be written, say on a full disk; the last one of a run must be written."""
+    """What to do when a checkpoint or a record cannot be written, say on a full disk; the last checkpoint must be written."""
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
     eval_every: int = 0
@@ -179,6 +185,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self.step, self.skipped = 0, []
         self.save_error: str | None = None
+        self.unlogged: list[str] = []
         config.output.mkdir(parents=True, exist_ok=True)
         self.metrics = config.output / "metrics.jsonl"
         self.restore()
@@ -189,15 +196,8 @@ class _Run:
         self.model.train()
         total = 0.0
         for _ in range(config.accumulation):
-            ids = labels = self.sampler.next_batch()
-            if config.objective == "mlm":
-                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
-                ids, labels = mask_spans(ids, (config.seed, self.sampler.drawn))
-            ids, labels = (x.to(self.device, non_blocking=True) for x in (ids, labels))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = self.forward(input_ids=ids, labels=labels).loss / config.accumulation
-            loss.backward()
-            total += float(loss.detach())
+            ids = self.sampler.next_batch().to(self.device, non_blocking=True)
+            total += float(self.backward(ids)) / config.accumulation
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteLoss(
@@ -221,6 +221,23 @@ class _Run:
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
 
+    def backward(self, ids: Tensor) -> Tensor:
+        """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            if config.sequence_strategy == "chunked":
+                targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
+                chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
+                return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
+            labels = ids
+            if config.objective == "mlm":
+                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
+                masked, labels = mask_spans(ids.cpu(), (config.seed, self.sampler.drawn))
+                ids, labels = masked.to(self.device), labels.to(self.device)
+            loss = self.forward(input_ids=ids, labels=labels).loss
+        (loss / config.accumulation).backward()
+        return loss.detach()
+
     def _learning_rate(self) -> float:
         config, step = self.config, self.step + 1
         if step <= config.warmup:
@@ -229,8 +246,18 @@ class _Run:
         return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     def log(self, record: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        """Append to metrics.jsonl whole lines; under on_save_error="continue" what cannot be written waits for the next time."""
+        self.unlogged.append(json.dumps(record) + "\n")
+        size = self.metrics.stat().st_size
+        try:
+            with open(self.metrics, "a") as stream:
+                stream.write("".join(self.unlogged))
+        except OSError:
+            os.truncate(self.metrics, size)
+            if self.config.on_save_error == "stop":
+                raise
+        else:
+            self.unlogged.clear()
 
     def save(self) -> None:
         states = self.optimizer.state_dict()["state"]
@@ -348,6 +375,23 @@ def _check(config: TrainConfig) -> None:
             "eval_every and sample_every: expected 0 with objective 'mlm', which predicts no next byte; got"
             f" {config.eval_every} and {config.sample_every}"
         )
+    if config.objective == "mlm" and config.sequence_strategy == "chunked":
+        raise ValueError(
+            "sequence_strategy: expected whole windows with objective 'mlm', which looks ahead; got 'chunked'"
+        )
+    known = LongNetConfig.preset(config.preset).to_dict()
+    unknown = [name for name in config.model if name not in known]
+    if unknown:  # a configuration keeps unknown fields without a word
+        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    try:
+        device = torch.device("cpu" if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f'device: expected "auto", "cpu" or "cuda"; got {config.device!r}') from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
+            "says what is there"
+        )
     for name in (
         "sequence_length",
         "batch_size",
@@ -365,6 +409,13 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"{name}: expected at least 0; got {getattr(config, name)}")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
+    if config.chunk_tokens is not None and config.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
+    kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
+    if config.sequence_strategy == "chunked" and "hierarchical" in kinds:
+        raise ValueError(
+            "sequence_strategy: expected 'whole' for a model with hierarchical layers; got 'chunked'"
+        )
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
