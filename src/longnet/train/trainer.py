@@ -137,7 +137,7 @@ def train(
             loss = record["loss"]
             if run.save_error:
                 record["save_error"], run.save_error = run.save_error, None
-            run.monitor.observe(record, run.model, run.autocast, lambda: bool(stop))  # pyrefly: ignore - looks at no mlm model
+            run.monitor.observe(record, run.model, run.autocast, lambda: bool(stop))
             if run.step % config.log_every == 0 or run.step == config.steps or "validation_loss" in record:
                 run.log(record)
             on_event(record)
@@ -196,8 +196,12 @@ class _Run:
         self.model.train()
         total = 0.0
         for _ in range(config.accumulation):
-            ids = self.sampler.next_batch().to(self.device, non_blocking=True)
-            total += float(self.backward(ids)) / config.accumulation
+            ids = labels = self.sampler.next_batch()
+            if config.objective == "mlm":
+                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
+                ids, labels = mask_spans(ids, (config.seed, self.sampler.drawn))
+            ids, labels = (x.to(self.device, non_blocking=True) for x in (ids, labels))
+            total += float(self.backward(ids, labels)) / config.accumulation
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteLoss(
@@ -221,19 +225,14 @@ class _Run:
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
 
-    def backward(self, ids: Tensor) -> Tensor:
+    def backward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if config.sequence_strategy == "chunked":
-                targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
+                targets = torch.cat((labels[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
                 chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
                 return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
-            labels = ids
-            if config.objective == "mlm":
-                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
-                masked, labels = mask_spans(ids.cpu(), (config.seed, self.sampler.drawn))
-                ids, labels = masked.to(self.device), labels.to(self.device)
             loss = self.forward(input_ids=ids, labels=labels).loss
         (loss / config.accumulation).backward()
         return loss.detach()
@@ -370,15 +369,6 @@ def _build(config: TrainConfig) -> LongNetForCausalLM | LongNetForMaskedLM:
 
 
 def _check(config: TrainConfig) -> None:
-    if config.objective == "mlm" and (config.eval_every or config.sample_every):
-        raise ValueError(
-            "eval_every and sample_every: expected 0 with objective 'mlm', which predicts no next byte; got"
-            f" {config.eval_every} and {config.sample_every}"
-        )
-    if config.objective == "mlm" and config.sequence_strategy == "chunked":
-        raise ValueError(
-            "sequence_strategy: expected whole windows with objective 'mlm', which looks ahead; got 'chunked'"
-        )
     known = LongNetConfig.preset(config.preset).to_dict()
     unknown = [name for name in config.model if name not in known]
     if unknown:  # a configuration keeps unknown fields without a word
@@ -391,6 +381,11 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(
             f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
             "says what is there"
+        )
+    if config.objective == "mlm" and (config.eval_every or config.sample_every):
+        raise ValueError(
+            "eval_every and sample_every: expected 0 with objective 'mlm', which predicts no next byte; got"
+            f" {config.eval_every} and {config.sample_every}"
         )
     for name in (
         "sequence_length",
@@ -412,9 +407,9 @@ def _check(config: TrainConfig) -> None:
     if config.chunk_tokens is not None and config.chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
     kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
-    if config.sequence_strategy == "chunked" and "hierarchical" in kinds:
+    if config.sequence_strategy == "chunked" and ("hierarchical" in kinds or config.objective != "causal"):
         raise ValueError(
-            "sequence_strategy: expected 'whole' for a model with hierarchical layers; got 'chunked'"
+            "sequence_strategy: expected 'whole' for hierarchical layers and for masked spans; got 'chunked'"
         )
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
