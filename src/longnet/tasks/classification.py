@@ -351,7 +351,12 @@ def plot_confusion(confusion: list[list[int]], labels: list[str], picture: Path)
     if len(labels) <= 20:
         for i, j in np.argwhere(counts > 0).tolist():
             axes.text(
-                j, i, int(counts[i, j]), ha="center", va="center", color="w" if shares[i, j] > 0.5 else "k"
+                j,
+                i,
+                str(int(counts[i, j])),
+                ha="center",
+                va="center",
+                color="w" if shares[i, j] > 0.5 else "k",
             )
     figure.tight_layout()
     figure.savefig(picture, dpi=110)

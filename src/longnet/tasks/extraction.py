@@ -43,12 +43,14 @@ def entities_of(document: Document) -> list[Span]:
     """The gold spans of a document. Raises ValueError with its file and line."""
     spans = []
     for entity in document.fields["entities"]:
-        try:
-            start, end, label = entity["start"], entity["end"], entity["label"]
-            fits = 0 <= start < end <= len(document.text) and isinstance(label, str)
-        except (TypeError, KeyError):
-            fits = False
-        if not fits:
+        given = entity if isinstance(entity, dict) else {}
+        start, end, label = (given.get(name) for name in ("start", "end", "label"))
+        if (
+            type(start) is not int
+            or type(end) is not int
+            or not isinstance(label, str)
+            or not 0 <= start < end <= len(document.text)
+        ):
             raise ValueError(
                 f"{document.source}: expected entities {{start, end, label}} with 0 <= start < end <="
                 f" {len(document.text)} characters; got {entity!r}"
@@ -221,6 +223,8 @@ def fit_extractor(
         label2id={name: i for i, name in enumerate(names)},
         problem_type=MULTI,
     )
+    # Tags are rare: without this prior the first steps only learn that (Lin et al. 2017, section 3.3).
+    torch.nn.init.constant_(model.classifier.bias, -5.0)
     extractor = EntityExtractor(model, labels, max(widths))
     device = next(model.parameters()).device
     report: dict[str, float] = {}

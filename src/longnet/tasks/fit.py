@@ -92,9 +92,10 @@ def build_model(cls: type[M], config: FitConfig, **fields: Any) -> M:
             f" {config.pretrained}"
         )
     else:
-        base = LongNetConfig.from_pretrained(config.pretrained, **overrides)
+        base = LongNetConfig.from_pretrained(config.pretrained, **overrides)  # pyrefly: ignore
         model = cls.from_pretrained(config.pretrained, config=base, dtype=torch.float32)  # pyrefly: ignore
-    return nn.Module.to(model, pick_device(config.device))
+    nn.Module.to(model, pick_device(config.device))
+    return model
 
 
 def _value(name: str, value: Any) -> Any:
