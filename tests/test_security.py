@@ -39,8 +39,8 @@ def dangers(source: str) -> list[str]:
         options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
         name = ast.unparse(node.func)
         bad = name in FORBIDDEN_NAMES
+        bad |= name == "torch.load" and options.get("weights_only") is not True
         bad |= name in (
-            "torch.load",
             "torch.jit.load",
             "yaml.load",
             "yaml.unsafe_load",
@@ -61,7 +61,9 @@ def test_the_scan_sees_what_it_should():
     for bad in ("import pickle", "from pickle import loads", "eval('1')", "torch.load(f)", "yaml.load(f)", "np.load(f)",
                 "f(shell=True)", "A.load(p, trust_remote_code=True)", "torch.load(f, weights_only=False)"):  # fmt: skip
         assert dangers(bad), bad
-    assert not dangers("model.eval()\nnp.load(f, allow_pickle=False)\ntorch.compile(m)\nre.compile('x')")
+    assert not dangers(
+        "torch.load(f, weights_only=True)\nmodel.eval()\nnp.load(f, allow_pickle=False)\ntorch.compile(m)\nre.compile('x')"
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(SOURCES[0].parents[1])))

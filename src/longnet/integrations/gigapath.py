@@ -155,8 +155,9 @@ def load_gigapath(
         ValueError: weights that are missing or do not fit.
 
     Example:
-        >>> encoder = load_gigapath("slide_encoder.pth").cuda().half()
-        >>> slide = encoder(tiles, coords)  # (1, L, 1536), (1, L, 2) -> (1, 768)
+        >>> encoder = load_gigapath("slide_encoder.pth").cuda().half()  # doctest: +SKIP
+        >>> encoder(tiles, coords).shape  # doctest: +SKIP
+        torch.Size([1, 768])
     """
     # Published code builds the table anew; a stored one would be the same.
     state = {name: x for name, x in read_weights(weights).items() if name != "pos_embed"}

@@ -319,8 +319,8 @@ def load_torchscale(
             or shapes that do not fit.
 
     Example:
-        >>> model = load_torchscale("checkpoint.pt", num_heads=12, segment_lengths=(2048, 4096), dilation_rates=(1, 2),
-        ...                         causal=True, prefix="decoder.")
+        >>> pattern = {"segment_lengths": (2048, 4096), "dilation_rates": (1, 2)}
+        >>> load_torchscale("checkpoint.pt", num_heads=12, causal=True, prefix="decoder.", **pattern)  # doctest: +SKIP
     """
     state = {k.removeprefix(prefix): v for k, v in read_weights(weights).items() if k.startswith(prefix)}
     for part, reason in _REFUSED.items():

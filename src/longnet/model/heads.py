@@ -96,8 +96,10 @@ class LongNetForSequenceClassification(_Reader):
     configuration works too, each token then having seen only what is before it.
 
     Example:
-        >>> config = LongNetConfig.preset("tiny", bidirectional=True, num_labels=3)
-        >>> logits = LongNetForSequenceClassification(config)(input_ids=ids, lengths=lengths).logits  # (B, 3)
+        >>> config = LongNetConfig.preset("tiny", num_hidden_layers=1, bidirectional=True, num_labels=3)
+        >>> ids, lengths = torch.randint(4, 260, (2, 50)), torch.tensor([50, 20])
+        >>> LongNetForSequenceClassification(config)(input_ids=ids, lengths=lengths).logits.shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, config: LongNetConfig) -> None:
@@ -177,8 +179,9 @@ class LongNetForTokenClassification(_Reader):
     "multi_label_classification", a token of -100s ignored (binary cross entropy). Padding never counts.
 
     Example:
-        >>> config = LongNetConfig.preset("tiny", bidirectional=True, num_labels=5)
-        >>> LongNetForTokenClassification(config)(input_ids=ids).logits.shape  # (B, N, 5)
+        >>> config = LongNetConfig.preset("tiny", num_hidden_layers=1, bidirectional=True, num_labels=5)
+        >>> LongNetForTokenClassification(config)(input_ids=torch.randint(4, 260, (2, 50))).logits.shape
+        torch.Size([2, 50, 5])
     """
 
     def __init__(self, config: LongNetConfig) -> None:
@@ -242,8 +245,11 @@ class LongNetForMaskedLM(_Reader):
     is computed, in chunks; without labels, logits are (B, N, V).
 
     Example:
-        >>> model = LongNetForMaskedLM(LongNetConfig.preset("tiny", bidirectional=True))
-        >>> loss = model(input_ids=masked, labels=labels).loss
+        >>> model = LongNetForMaskedLM(LongNetConfig.preset("tiny", num_hidden_layers=1, bidirectional=True))
+        >>> labels = torch.randint(4, 260, (2, 50))
+        >>> masked = labels.masked_fill(torch.rand(2, 50) < 0.15, 3)
+        >>> model(input_ids=masked, labels=labels.masked_fill(masked == labels, -100)).loss.shape
+        torch.Size([])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
