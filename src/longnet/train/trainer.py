@@ -137,7 +137,7 @@ def train(
             loss = record["loss"]
             if run.save_error:
                 record["save_error"], run.save_error = run.save_error, None
-            run.monitor.observe(record, run.model, run.autocast, lambda: bool(stop))
+            run.monitor.observe(record, run.model, run.autocast, lambda: bool(stop))  # pyrefly: ignore - looks at no mlm model
             if run.step % config.log_every == 0 or run.step == config.steps or "validation_loss" in record:
                 run.log(record)
             on_event(record)
