@@ -27,6 +27,11 @@ if ! has_torch .venv/bin/python; then
     "${pip[@]}" --retries 1 --timeout 10 install --no-deps torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
   fi
 fi
-"${pip[@]}" install --quiet -c constraints.txt -e ".[plots,logging,dev]"
+"${pip[@]}" install --quiet -c constraints.txt -e ".[plots,tasks,logging,dev]"
+# Triton's interpreter runs the kernels' tests without a GPU. CUDA builds of torch bring the triton they were made for; beside
+# the CPU build this is the one of its version.
+if ! .venv/bin/python -c 'import triton' 2>/dev/null && .venv/bin/python -c 'import torch; raise SystemExit(not torch.__version__.startswith("2.13."))'; then
+  "${pip[@]}" install --quiet --no-deps triton==3.7.1
+fi
 .venv/bin/python -c 'import torch; print("LongNet is installed; torch", torch.__version__)'
 touch $stamp
