@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +34,20 @@ def dense_segments(case: Case, backend: SDPBackend) -> tuple[Attention, int]:
     return attend, 4 * case.head_width * case.heads * pairs * (case.tokens // window)
 
 
-def flex_segments(case: Case) -> tuple[Attention, int]:
+def flex_segments(case: Case, device: str) -> tuple[Attention, int]:
     """FlexAttention, compiled, on the same segment-local shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     window = min(WINDOW, case.tokens)
     compiled = torch.compile(flex_attention)
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, window, window) if case.causal else None
+    mask = None
+    if case.causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, window, window, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q4, k4, v4 = (x.reshape(-1, window, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
-        return compiled(q4, k4, v4, block_mask=mask).transpose(1, 2).reshape(q.shape)
+        out = compiled(q4, k4, v4, block_mask=mask, enable_gqa=q.shape[2] != k.shape[2])
+        return out.transpose(1, 2).reshape(q.shape)
 
     return attend, dense_segments(case, SDPBackend.MATH)[1]
 
@@ -65,10 +69,45 @@ def _plain(q, k, v, dropout=0.0, bias=None, softmax_scale=None, is_causal=False)
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
+def rearrange(x: Tensor, formula: str, **sizes: int) -> Tensor:
+    """einops' operation for torchscale's formulas, such as "b (n g) h d -> (b n) g h d", g=8: views and one reshape."""
+    left, right = (
+        [(g or n).split() for g, n in re.findall(r"\(([^)]*)\)|(\S+)", side)] for side in formula.split("->")
+    )
+    names: list[str] = []
+    shape: list[int] = []
+    for extent, group in zip(x.shape, left, strict=True):
+        known = 1
+        for name in group:
+            known *= sizes.get(name, 1)
+        names += group
+        free = [n for n in group if n not in sizes]
+        shape += [sizes[n] if n in sizes else extent // known for n in group]
+        if len(free) > 1 or known * (extent // known) != extent:
+            raise ValueError(f"cannot split {extent} into {group} with {sizes}")
+    order = [names.index(n) for group in right for n in group if n != "1"]
+    spare = [i for i, n in enumerate(names) if n == "1"]
+    x = x.reshape(shape).permute(order + spare)
+    extents = dict(zip([names[i] for i in order], x.shape, strict=False)) | {"1": 1}
+    target = []
+    for group in right:
+        size = 1
+        for name in group:
+            size *= extents[name]
+        target.append(size)
+    return x.reshape(target)
+
+
 def torchscale(case: Case, path: str, device: str) -> Attention:
     """torchscale's DilatedAttention from a checkout at `path`, its projections replaced by the identity."""
-    sys.path.insert(0, path)
-    from torchscale.component import dilated_attention, multihead_attention  # needs einops
+    if path not in sys.path:
+        sys.path.insert(0, path)
+    try:
+        import einops  # noqa: F401
+    except ImportError:
+        sys.modules["einops"] = ModuleType("einops")
+        sys.modules["einops"].rearrange = rearrange  # type: ignore[attr-defined]
+    from torchscale.component import dilated_attention, multihead_attention
 
     multihead_attention.flash_attn_func = _torch_flash if device == "cuda" else _plain
     args = SimpleNamespace(

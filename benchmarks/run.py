@@ -7,6 +7,7 @@ import datetime
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def check(case: Case, impl: str | None, device: str) -> None:
             )
 
 
+@torch.no_grad()
+def check_peer(case: Case, attend: peers.Attention, device: str) -> None:
+    """torchscale computes the same mixture with its own rule of head offsets; so does our reference when told so."""
+    case = replace(case, tokens=min(case.tokens, 4096 if device == "cuda" else 256))
+    q, k, v = inputs(case, device)
+    pattern = replace(case.pattern, head_offsets="block")
+    true = dilated_attention(
+        q.float(), k.float(), v.float(), pattern, causal=case.causal, impl="reference"
+    ).out
+    error = ((attend(q, k, v).float() - true).norm() / true.norm()).item()
+    if not error < (2e-2 if case.dtype == "bfloat16" else 1e-4):
+        raise ValueError(f"off by {error:.2e} from the reference with block offsets; not timed")
+
+
 def quantiles(call, device: str) -> list[float]:
     """p20, median, p80 in milliseconds."""
     times = []
@@ -69,8 +84,8 @@ def quantiles(call, device: str) -> list[float]:
 
 def measure(case: Case, who: str, attend, flops: int, device: str) -> dict:
     row: dict = {"case": case.name, "who": who, "tokens": case.tokens}
-    q, k, v = inputs(case, device)
     try:
+        q, k, v = inputs(case, device)
         out = attend(q, k, v)
         dout = torch.randn_like(out)
 
@@ -91,10 +106,34 @@ def measure(case: Case, who: str, attend, flops: int, device: str) -> dict:
             row["peak_extra_gib"] = (torch.cuda.max_memory_allocated() - before - extra) / 2**30
         row["forward_tflops"] = flops / row["forward_ms"][1] / 1e9
         row["backward_tflops"] = 2.5 * flops / row["backward_ms"][1] / 1e9
-        row["us_per_1000_tokens"] = 1e6 * row["forward_ms"][1] / case.tokens
+        for key in ("forward", "backward"):
+            row[f"{key}_us_per_1000_tokens"] = 1e6 * row[f"{key}_ms"][1] / case.tokens
     except Exception as error:  # a peer that cannot run is a result
-        row["error"] = f"{type(error).__name__}: {error}"[:300]
+        row["error"] = failure(error)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what one peer leaves behind is no other's burden
     return row
+
+
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0].replace("|", "/")[:200]
+
+
+def ratios(rows: list[dict]) -> list[str]:
+    """Every row of ours against every peer's of the same case: TFLOP/s, and time, forward and backward."""
+    lines = []
+    good = [row for row in rows if "error" not in row]
+    for ours in (row for row in good if row["who"].startswith("longnet")):
+        for peer in good:
+            if peer["case"] != ours["case"] or peer["who"].startswith("longnet"):
+                continue
+            rate = [ours[f"{key}_tflops"] / peer[f"{key}_tflops"] for key in ("forward", "backward")]
+            times = [sum(row[f"{key}_ms"][1] for key in ("forward", "backward")) for row in (peer, ours)]
+            lines.append(
+                f"- {ours['case']}, {ours['who']} / {peer['who']}: TFLOP/s forward {rate[0]:.2f}, backward {rate[1]:.2f}; "
+                f"forward + backward {times[0] / times[1]:.2f} times as fast"
+            )
+    return lines
 
 
 def environment(device: str) -> dict:
@@ -123,17 +162,22 @@ def report(facts: dict, rows: list[dict], folder: Path) -> None:
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['case']} | {row['who']} | {row['error'].splitlines()[0]} | | | | |")
+            lines.append(f"| {row['case']} | {row['who']} | {row['error']} | | | | |")
             continue
         f, b = ("{1:.2f} [{0:.2f}, {2:.2f}]".format(*row[key]) for key in ("forward_ms", "backward_ms"))
         extra = f"{row['peak_extra_gib']:.2f}" if "peak_extra_gib" in row else ""
         speed = [f"{row[key]:.4g}" for key in ("forward_tflops", "backward_tflops")]
         lines.append(f"| {row['case']} | {row['who']} | {f} | {speed[0]} | {b} | {speed[1]} | {extra} |")
+    lines += ["", *ratios(rows)]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     try:
+        import matplotlib
+
+        matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
+        print("matplotlib is not installed: no results.png")
         return
     good = [row for row in rows if "error" not in row]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(good)), layout="constrained")
@@ -142,10 +186,41 @@ def report(facts: dict, rows: list[dict], folder: Path) -> None:
     figure.savefig(folder / "results.png", dpi=150)
 
 
+def jobs(case: Case, options: argparse.Namespace) -> dict[str, Callable[[], tuple[peers.Attention, int]]]:
+    """Who is measured on a case: name -> a function that checks or builds it and gives (attention, flops)."""
+    flops = case.pattern.flops(case.tokens, case.heads, case.head_width, case.causal)
+    device, result = options.device, {}
+    for name in options.impl:
+        impl = None if name == "auto" else name
+
+        def ours(impl=impl):
+            check(case, impl, device)
+            return (
+                lambda q, k, v: dilated_attention(q, k, v, case.pattern, causal=case.causal, impl=impl).out,
+                flops,
+            )
+
+        result[f"longnet {name}"] = ours
+    if options.peers:
+        backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+        for name, backend in backends.items():
+            result[f"{name} segments"] = lambda backend=backend: peers.dense_segments(case, backend)
+        result["flex segments"] = lambda: peers.flex_segments(case, device)
+    if options.torchscale:
+
+        def torchscale():
+            attend = peers.torchscale(case, options.torchscale, device)
+            check_peer(case, attend, device)
+            return attend, flops
+
+        result["torchscale"] = torchscale
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--impl", nargs="*", default=["auto"], choices=["auto", "strided"])
+    parser.add_argument("--impl", nargs="*", default=["auto"], choices=["auto", "strided", "triton"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="one tiny case")
     parser.add_argument(
@@ -156,27 +231,14 @@ def main() -> None:
     options = parser.parse_args()
     rows, facts = [], environment(options.device)
     for case in [SMALL] if options.small else [CASES[name] for name in options.cases]:
-        flops = case.pattern.flops(case.tokens, case.heads, case.head_width, case.causal)
-        jobs = []
-        for name in options.impl:
-            impl = None if name == "auto" else name
+        for who, build in jobs(case, options).items():
             try:
-                check(case, impl, options.device)
-            except ValueError as error:  # this path says that it cannot run here
-                rows.append({"case": case.name, "who": f"longnet {name}", "error": str(error)})
+                attend, flops = build()
+            except Exception as error:  # a path or peer that says it cannot run here is a result, too
+                rows.append({"case": case.name, "who": who, "error": failure(error)})
                 continue
-
-            def ours(q, k, v, case=case, impl=impl):
-                return dilated_attention(q, k, v, case.pattern, causal=case.causal, impl=impl).out
-
-            jobs.append((f"longnet {name}", ours, flops))
-        if options.peers and options.device == "cuda":
-            jobs.append(("cuDNN segments", *peers.dense_segments(case, SDPBackend.CUDNN_ATTENTION)))
-            jobs.append(("flash segments", *peers.dense_segments(case, SDPBackend.FLASH_ATTENTION)))
-            jobs.append(("flex segments", *peers.flex_segments(case)))
-        if options.torchscale:
-            jobs.append(("torchscale", peers.torchscale(case, options.torchscale, options.device), flops))
-        rows += [measure(case, who, attend, count, options.device) for who, attend, count in jobs]
+            rows.append(measure(case, who, attend, flops, options.device))
+            print(case.name, who, rows[-1].get("error", ""), flush=True)
     report(facts, rows, options.out)
 
 

@@ -39,12 +39,17 @@ def test_public_names():
     assert longnet.__all__ == [
         "AttentionOutput",
         "DilatedPattern",
+        "HierarchicalPattern",
         "LongNetCache",
         "LongNetConfig",
         "LongNetForCausalLM",
+        "LongNetForMaskedLM",
+        "LongNetForSequenceClassification",
+        "LongNetForTokenClassification",
         "LongNetModel",
         "dilated_attention",
         "explain",
+        "hierarchical_attention",
     ]
 
 

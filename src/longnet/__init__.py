@@ -5,22 +5,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longnet.attention import AttentionOutput, dilated_attention, explain
-from longnet.patterns import DilatedPattern
+from longnet.attention.hierarchical import hierarchical_attention
+from longnet.patterns import DilatedPattern, HierarchicalPattern
+from longnet.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from longnet.model import LongNetCache, LongNetConfig, LongNetForCausalLM, LongNetModel
+    from longnet.model import (
+        LongNetCache,
+        LongNetConfig,
+        LongNetForCausalLM,
+        LongNetForMaskedLM,
+        LongNetForSequenceClassification,
+        LongNetForTokenClassification,
+        LongNetModel,
+    )
 
 __version__ = "0.1.0"
-_MODEL_NAMES = ("LongNetCache", "LongNetConfig", "LongNetForCausalLM", "LongNetModel")
-__all__ = [
-    "AttentionOutput",
-    "DilatedPattern",
+_MODEL_NAMES = (
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
+)
+__all__ = [
+    "AttentionOutput",
+    "DilatedPattern",
+    "HierarchicalPattern",
+    "LongNetCache",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
     "LongNetModel",
     "dilated_attention",
     "explain",
+    "hierarchical_attention",
 ]
 
 
@@ -31,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(model, name)
     raise AttributeError(f"module 'longnet' has no attribute {name!r}")
+
+
+register_with_transformers()

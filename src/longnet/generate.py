@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from longnet.model.cache import LongNetCache
+from longnet.model.graph import GraphedStep, unsupported
+from longnet.model.transformer import LongNetForCausalLM
 
 
 @dataclass
@@ -127,6 +129,14 @@ def generate(
 
     Raises:
         ValueError: arguments out of range. FloatingPointError: the model gave NaN or +inf logits.
+
+    Example:
+        >>> from longnet import LongNetConfig, LongNetForCausalLM
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> first = generate(model, torch.tensor([[70, 71, 72]]), max_new_tokens=5, seed=0)
+        >>> more = generate(model, torch.tensor([first.ids[0][-1:]]), max_new_tokens=5, cache=first.cache)
+        >>> more.cache.host_positions
+        (12,)
     """
     _check(input_ids, max_new_tokens, chunk_size, temperature, top_k, top_p)
     if repetition_penalty <= 0 or repetition_window < 1:
@@ -196,6 +206,7 @@ def _decode(
     max_new_tokens: int,
     on_token: Callable[[int, int], None] | None,
 ) -> None:
+    captured = GraphedStep(model, cache) if _can_capture(model, cache) else None
     for step in range(max_new_tokens):
         ids = sampler(logits)
         broken = torch.isnan(logits).any(-1) | (logits == torch.inf).any(-1)
@@ -217,7 +228,15 @@ def _decode(
             return
         sampler.remember(ids)
         going = [int(reason is None) for reason in progress.reasons]
-        logits = _step(model, ids[:, None], cache, None if all(going) else going)
+        if captured is not None and all(going):
+            logits = captured(ids[:, None]).float()
+        else:
+            logits = _step(model, ids[:, None], cache, None if all(going) else going)
+
+
+def _can_capture(model: Any, cache: LongNetCache) -> bool:
+    """Whether steps may run as a CUDA graph: one of our models, on a GPU, without hierarchical layers."""
+    return isinstance(model, LongNetForCausalLM) and unsupported(model, cache) is None
 
 
 def _recent(input_ids: Tensor, lengths: list[int], window: int, vocabulary: int) -> Tensor:

@@ -9,6 +9,7 @@ from conftest import assert_within_budget
 from longnet import DilatedPattern, LongNetCache, LongNetConfig, LongNetForCausalLM, dilated_attention
 from longnet.attention import cached
 from longnet.generate import generate
+from longnet.model.graph import GraphedStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -154,6 +155,26 @@ def test_a_stream_equals_the_parallel_pass():
                 logits = model(context, logits_to_keep=1).logits[0, -1]
                 assert logits[token] >= logits.max() - 2e-3
                 context = torch.cat((context, torch.tensor([[token]], device="cuda")), 1)
+
+
+def test_a_captured_step_equals_the_model_while_buffers_grow():
+    model = tiny()
+    ids = torch.randint(4, 260, (2, 300), device="cuda")
+    plain, graphed = (LongNetCache(model.config, 2, "cuda") for _ in range(2))
+    step = GraphedStep(model, graphed)
+    with torch.inference_mode():
+        for cache in (plain, graphed):
+            model(
+                ids[:, :50],
+                past_key_values=cache,
+                use_cache=True,
+                lengths=torch.tensor([50, 31], device="cuda"),
+            )
+        for i in range(50, 300):
+            want = model(ids[:, i : i + 1], past_key_values=plain, use_cache=True).logits[:, -1]
+            torch.testing.assert_close(step(ids[:, i : i + 1]), want, atol=1e-5, rtol=1e-5)
+    assert plain.host_positions == graphed.host_positions == (300, 281)
+    assert torch.equal(plain.positions, graphed.positions)
 
 
 @pytest.mark.filterwarnings("ignore")

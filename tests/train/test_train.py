@@ -143,7 +143,8 @@ def test_a_run_killed_thirty_times_ends_as_if_it_never_was(config, tmp_path):
     records = []
     for name in ("whole", "killed"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        records.append([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines])
+        machine = ("tokens_per_second", "memory_bytes")
+        records.append([{k: v for k, v in line.items() if k not in machine} for line in lines])
     assert len(records[0]) == 200
     assert records[0] == records[1]
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
@@ -356,25 +357,3 @@ def test_text_round_trips_even_where_it_is_no_text():
     assert text.decode_bytes(text.encode(bytes(range(256)))) == bytes(range(256))
     decoder = text.StreamDecoder()
     assert "".join(decoder.feed([i]) for i in text.encode("é∑").tolist()) == "é∑"
-
-
-def test_commands_work_together_and_refuse_clearly(config, tmp_path):
-    train(config)
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "longnet", *arguments], capture_output=True, text=True, timeout=200
-        )
-
-    model = str(tmp_path / "run" / "model")
-    result = run(
-        "eval", "--model", model, "--file", str(tmp_path / "a.txt"), "--chunk", "100", "--max-bytes", "900"
-    )
-    assert "899 tokens" in result.stdout, result.stderr
-    result = run(
-        "generate", "--model", model, "--prompt", "the quick", "--max-new-tokens", "5", "--seed", "1"
-    )
-    assert result.returncode == 0, result.stderr
-    result = run("generate", "--model", str(tmp_path), "--prompt", "x")
-    assert result.returncode == 2
-    assert "config.json" in result.stderr

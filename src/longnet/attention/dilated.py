@@ -64,7 +64,8 @@ def dilated_attention(
         torch.Size([1, 100, 4, 16])
     """
     _check(q, k, v, pattern, causal, lengths, start, impl)
-    chosen, reason = _choose(q, k, v)
+    _check_scale(scale)
+    chosen = _choose(q, k, v)
     if impl is not None and impl != chosen:
         reason = _unsupported(impl, q, k, v)
         if reason is not None:
@@ -78,9 +79,15 @@ def dilated_attention(
 
 
 def explain(q: Queries, k: Keys, v: Keys, pattern: DilatedPattern, *, lengths: Lengths | None = None) -> str:
-    """Which path `dilated_attention` takes for these tensors, and for every path why it can or cannot run."""
-    chosen, reason = _choose(q, k, v)
-    lines = [f"dilated_attention takes impl={chosen!r}: {reason}"]
+    """Which path `dilated_attention` takes for these tensors, and for every path why it can or cannot run.
+
+    Example:
+        >>> import torch
+        >>> q = torch.zeros(1, 100, 4, 16)
+        >>> print(explain(q, q, q, DilatedPattern((16,), (1,))).split(":")[0])
+        dilated_attention takes impl='strided'
+    """
+    lines = [f"dilated_attention takes impl={_choose(q, k, v)!r}: {_why(q, k, v)}"]
     for impl in ("strided", "reference"):
         lines.append(f"  {impl}: {_unsupported(impl, q, k, v) or 'can run'}")
     return "\n".join(lines)
@@ -90,16 +97,18 @@ def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return strided.unsupported(q, k, v) if impl == "strided" else None
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
-    """(path, why): library attention over strided views wherever the library takes these tensors."""
-    reason = strided.unsupported(q, k, v)
-    if reason is not None:
-        return "reference", reason
+def _choose(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Library attention over strided views wherever the library takes these tensors."""
+    return "reference" if strided.unsupported(q, k, v) else "strided"
+
+
+def _why(q: Tensor, k: Tensor, v: Tensor) -> str:
+    # Apart from the choice: torch.compile cannot trace the question whether cuDNN is switched on.
+    if reason := strided.unsupported(q, k, v):
+        return reason
     if q.is_cuda:
-        return "strided", "cuDNN over strided views" if strided.has_cudnn(
-            q
-        ) else "FlashAttention over strided views"
-    return "strided", "library attention over strided views"
+        return f"{'cuDNN' if strided.has_cudnn(q) else 'FlashAttention'} over strided views"
+    return "library attention over strided views"
 
 
 def _check(
@@ -115,6 +124,8 @@ def _check(
     if not isinstance(pattern, DilatedPattern):
         raise ValueError(f"pattern: expected a DilatedPattern; got {type(pattern).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor; got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(
                 f"{name}: expected 4 dimensions (batch, tokens, heads, width); got shape {tuple(x.shape)}"
@@ -139,14 +150,24 @@ def _check(
             f"expected as many queries as keys (causal: at most as many, the last tokens); got {q.shape[1]} queries, "
             f"{k.shape[1]} keys, causal={causal}"
         )
-    if start < 0:
-        raise ValueError(f"start: expected a position >= 0; got {start}")
+    if not isinstance(start, int | torch.SymInt) or start < 0:
+        raise ValueError(f"start: expected an integer position >= 0; got {start!r}")
     if impl not in (None, "strided", "reference"):
         raise ValueError(f"impl: expected None, 'strided' or 'reference'; got {impl!r}")
-    if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.is_floating_point()):
-        raise ValueError(
-            f"lengths: expected {q.shape[0]} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}"
-        )
+    if lengths is not None and not isinstance(lengths, Tensor):
+        raise ValueError(f"lengths: expected a tensor of {q.shape[0]} integers; got {type(lengths).__name__}")
+    if lengths is not None:
+        integers = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+        if lengths.shape != (q.shape[0],) or not integers:
+            raise ValueError(
+                f"lengths: expected {q.shape[0]} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}"
+            )
+
+
+def _check_scale(scale: float | None) -> None:
+    number = scale is None or isinstance(scale, int | float | torch.SymFloat)
+    if not number or (scale is not None and not -math.inf < scale < math.inf):
+        raise ValueError(f"scale: expected a finite number, or None for 1 / sqrt(D); got {scale!r}")
 
 
 @torch.library.custom_op("longnet::dilated_forward", mutates_args=())

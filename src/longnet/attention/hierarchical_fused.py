@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from longnet.attention.pyramid import Pyramid
 from longnet.kernels import cover, opened_backward, opened_forward
+from longnet.patterns import HierarchicalPattern
 
 # Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
 _READERS = 1024
@@ -36,6 +37,12 @@ class Geometry(NamedTuple):
     beam: int
     levels: int
     sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pattern: HierarchicalPattern, num_tokens: int) -> Geometry:
+        sizes = pattern.node_counts(num_tokens)
+        budget = (pattern.window_blocks, pattern.guard, pattern.top_k, pattern.opened(1), len(sizes))
+        return cls(pattern.block, pattern.radix, *budget, sizes)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -96,27 +103,73 @@ def _cover_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype, kernel: s
 
 
 def _opened_tile(shape: _Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
-    tile = _tile(shape, dtype)
-    children = geometry.beam * geometry.radix
-    return tile | {
+    return _tile(shape, dtype) | {
         "GP": max(16, triton.next_power_of_2(shape.group)),
-        "CHUNK": min(tile["BD"], 32),
         "BLOCK": geometry.block,
+        "BC": 64,
         "RADIX": geometry.radix,
         "WINDOW": geometry.window,
         "GUARD": geometry.guard,
-        "LISTED": geometry.listed,
         "TOP_K": geometry.top_k,
         "BEAM": geometry.beam,
         "WIDTH": max(geometry.top_k, geometry.beam),
-        "num_warps": 8 if children > 256 else 4,
+        "num_warps": 4,
         "num_stages": 2,
     }
+
+
+# Programs of the routing kernel: each walks over many tokens with one row of scratch.
+_ROUTERS = 2048
 
 
 @functools.lru_cache(maxsize=64)
 def _offsets(geometry: Geometry, device: torch.device) -> Tensor:
     return torch.tensor(geometry.offsets, dtype=torch.int32, device=device)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_local: Tensor,
+    k_local: Tensor,
+    pyramid: Pyramid,
+    pattern: HierarchicalPattern,
+    scale: float,
+    level_bias: Tensor,
+    router_mix: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all tensors."""
+    geometry = Geometry.of(pattern, q.shape[1])
+    q, k, v, q_local, k_local = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_local, k_local)
+    )
+    summaries = (pyramid.kbar.contiguous(), pyramid.vbar.contiguous(), pyramid.entropy.float().contiguous())
+    parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
+    return _Attend.apply(q, k, v, q_local, k_local, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, geometry, scale = arguments
+        out, lse, routes = forward(*tensors, geometry, scale)
+        ctx.save_for_backward(*tensors, out, lse, *(routes or ()))
+        ctx.geometry, ctx.scale = geometry, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):  # type: ignore[override]
+        *tensors, out, lse, opened, base_bits, child_bits = _padded(ctx.saved_tensors, 15)
+        routes = None if opened is None else Routes(opened, base_bits, child_bits)
+        dout = torch.zeros_like(out) if dout is None else dout
+        return *backward(dout, dlse, *tensors, out, lse, routes, ctx.geometry, ctx.scale), None, None
+
+
+def _padded(saved: tuple, count: int) -> tuple:
+    return *saved, *(None,) * (count - len(saved))
 
 
 def forward(
@@ -154,12 +207,30 @@ def forward(
     )  # fmt: skip
     if not opening:
         return out, lse, None
-    given = routes is not None
+    tile = _opened_tile(shape, geometry, q.dtype)
     if routes is None:
         routes = _empty_routes(shape, geometry, q.device)
-    opened_forward.opened_forward[(shape.tokens, shape.pairs)](
+        items = shape.tokens * shape.pairs
+        programs = min(items, _ROUTERS)
+        most = triton.next_power_of_2(geometry.beam * geometry.radix + geometry.listed)
+        scratch = torch.empty(programs, most, dtype=torch.float32, device=q.device)
+        opened_forward.route[(programs,)](
+            q,
+            kbar,
+            entropy,
+            level_bias,
+            offsets,
+            scratch,
+            *routes,
+            *_strides(q),
+            *sizes,
+            items,
+            MOST=most,
+            **tile,
+        )
+    opened_forward.opened_attend[(shape.tokens, shape.pairs)](
         q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, *routes, out, lse,
-        *_strides(q), *_strides(k), *_strides(v), *sizes, GIVEN=given, **_opened_tile(shape, geometry, q.dtype),
+        *_strides(q), *_strides(k), *_strides(v), *sizes, **tile,
     )  # fmt: skip
     return out, lse, routes
 
@@ -316,7 +387,7 @@ class _Far(NamedTuple):
             nothing if readers is None else readers, items, self.dout, self.lse, self.delta, partial, *_strides(self.q),
             shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
             BLOCK=geometry.block, RADIX=geometry.radix, RP=max(16, geometry.radix), WINDOW=geometry.window,
-            GUARD=geometry.guard, BEAM=geometry.beam, BM=128 if self.q.dtype != torch.float32 else 32,
+            GUARD=geometry.guard, BEAM=geometry.beam, BM=64 if self.q.dtype != torch.float32 else 32,
             LISTED=readers is None, MASKED=routes is not None, num_warps=4, num_stages=2, **tile,
         )  # fmt: skip
         total = torch.empty(shape.pairs * groups, width, device=self.q.device)
@@ -411,18 +482,3 @@ def _listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> 
         rows += [(0, group, at, min(at + readers, end)) for at in range(begin, end, readers)]
         first.append(len(rows))
     return np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(first, dtype=np.int64)
-
-
-def geometry_of(block, radix, window, guard, top_k, beam, levels, tokens) -> Geometry:
-    leaves = tokens // block
-    if levels is None:
-        levels, hi = 0, max(0, -(-tokens // block) - window)
-        while hi > 0:
-            levels, hi = levels + 1, max(0, hi // radix - guard)
-        levels = max(1, levels)
-    sizes = tuple(leaves // radix**at for at in range(levels))
-    return Geometry(block, radix, window, guard, top_k, beam, levels, sizes)
-
-
-def default_scale(width: int) -> float:
-    return 1 / math.sqrt(width)

@@ -22,6 +22,9 @@ aten = torch.ops.aten
 # result is taken over without a copy: 4 to 5 % faster (H200, N=262144), but 2.03 times q of scratch.
 BACKWARD_SHARE = 0.375
 
+# Library kernels lay the batch out along a launch dimension that ends here (CUDA: gridDim.y and .z).
+BATCH_LIMIT = 65535
+
 
 class Rows(NamedTuple):
     """Rows of one head in one segment: `count` tokens first, first + r, ..."""
@@ -86,12 +89,14 @@ def forward(
     start: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Nq, H, D), lse (B, H, Nq); arguments as in `dilated_attention`, already checked."""
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if not q.shape[0]:
+        return q.new_empty(q.shape), q.new_empty((0, q.shape[2], q.shape[1]), dtype=statistics)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     if lengths is not None:
         return _per_sequence_forward(q, k, v, lengths, pattern, causal, scale, start)
     if q.device.type == "cpu" and not (_finite(k) and _finite(v)):
         return _forward_around_broken_keys(q, k, v, pattern, causal, scale, start)
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     num_queries, num_heads = q.shape[1:3]
     # CPU merges in fp32 and rounds once; on GPU the merge kernel rounds a row once per branch it lies in (2 on average).
     keep = q.dtype if q.is_cuda else statistics
@@ -135,6 +140,8 @@ def backward(
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). Per branch the library's flash backward, fed with the merged out and lse."""
+    if not q.shape[0]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     if lengths is not None:
         return _per_sequence_backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)
@@ -295,11 +302,15 @@ def _calls(piece: Piece, q: Tensor, k: Tensor, share: float = 1.0) -> list[Call]
     batch = q.shape[0]
     whole = piece.segments * piece.period
     fold = all(x.shape[1] == whole and x.stride(0) == whole * x.stride(1) for x in (q, k))
-    if piece.segments == 1 or (fold and share >= 1):
+    if (piece.segments == 1 or (fold and share >= 1)) and batch * piece.segments <= BATCH_LIMIT:
         return [Call(piece, 0, batch, 0, piece.segments)]
     if batch > piece.segments:
-        return [Call(piece, 0, batch, g, 1) for g in range(piece.segments)]
-    size = max(1, int(piece.segments * share))
+        return [
+            Call(piece, b, min(BATCH_LIMIT, batch - b), g, 1)
+            for g in range(piece.segments)
+            for b in range(0, batch, BATCH_LIMIT)
+        ]
+    size = min(BATCH_LIMIT, max(1, int(piece.segments * share)))
     return [
         Call(piece, b, 1, g, min(size, piece.segments - g))
         for b in range(batch)
@@ -403,7 +414,8 @@ def _attend_backward(
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-    if _cudnn_takes(q, k):
+    # cuDNN adds up dq with atomics; torch's flash backward obeys the deterministic mode.
+    if _cudnn_takes(q, k) and not torch.are_deterministic_algorithms_enabled():
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         return aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal,

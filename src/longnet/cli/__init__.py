@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 import tyro
+from safetensors import SafetensorError
 
 import longnet
 from longnet.cli.demo import demo
 from longnet.cli.machine import bench, doctor, explain
 from longnet.cli.read import evaluate, generate
+from longnet.cli.recipe import expand, registry
 from longnet.cli.train import prepare, train
 from longnet.train import NonFiniteLoss
 
@@ -28,7 +30,12 @@ COMMANDS = {
 def main() -> None:
     """Entry point of the command `longnet`. User errors are one line on standard error and exit code 2."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="longnet", description=longnet.__doc__)
-    except (ValueError, OSError, NonFiniteLoss) as error:
+        arguments = expand(sys.argv[1:])
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="longnet", description=longnet.__doc__, args=arguments, registry=registry
+        )
+    except (ValueError, OSError, NonFiniteLoss, FloatingPointError, SafetensorError) as error:
         print(f"longnet: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

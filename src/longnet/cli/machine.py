@@ -21,7 +21,16 @@ def explain(
     window: int = 2048,
     ratio: int = 2,
 ) -> None:
-    """Which attention path this machine takes, and what a geometric pattern costs at this length."""
+    """Which attention path this machine takes, and what a geometric pattern costs at this length.
+
+    Args:
+        tokens: Sequence length.
+        heads: Query heads.
+        key_heads: Key and value heads; fewer than query heads is grouped-query attention.
+        head_width: Width of a head.
+        window: Shortest segment.
+        ratio: By which segments and dilation rates grow.
+    """
     pattern = DilatedPattern.geometric(tokens, window, ratio)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     q = torch.empty(1, 1, heads, head_width, device=device, dtype=dtype).expand(-1, tokens, -1, -1)

@@ -15,6 +15,6 @@ def load_model(path: Path) -> LongNetForCausalLM:
             f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LongNetForCausalLM.from_pretrained(path)
+    model = LongNetForCausalLM.from_pretrained(path, use_safetensors=True)  # never a pickle
     torch.nn.Module.to(model, device)
     return model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,38 +16,76 @@ from longnet import text
 from longnet.cli.models import load_model
 from longnet.generate import generate as generate_ids
 from longnet.model import LongNetCache, LongNetForCausalLM
-from longnet.train.evaluate import StreamReport, stream
+from longnet.train.data import TokenDataset
+from longnet.train.evaluate import PositionReport, StreamReport, by_position, stream
 
 
-def evaluate(model: Path, file: Path, chunk: int = 4096, max_bytes: int | None = None) -> None:
-    """Read a file of any length as a stream and report bits per byte by position, with memory that stays flat.
+def evaluate(
+    model: Path,
+    file: Path,
+    chunk: int = 4096,
+    max_bytes: int | None = None,
+    window: int | None = None,
+    windows: int = 16,
+    batch_size: int = 1,
+) -> None:
+    """Bits per byte and perplexity by position, with memory that stays flat.
+
+    Without --window the file, of any length, is read as one stream. With it, many windows are each read from nothing: then
+    every bucket holds the same number of texts, and a bucket below the one before it, by more than the standard errors,
+    says that the longer context helps.
 
     Args:
         model: Folder of a trained model.
-        file: The text.
+        file: The text, or a directory made by `longnet prepare`, whose held-out documents are read.
         chunk: Tokens read at once.
         max_bytes: Stop after this much of the file.
+        window: Predictions in a window.
+        windows: Windows, spread over the file.
+        batch_size: Windows read at once.
     """
-    print_report(stream_with_bar(load_model(model), _bytes_of(file, max_bytes), chunk))
+    if file.is_dir():
+        ids: np.ndarray = TokenDataset(file).split("validation")[:max_bytes]
+    else:
+        ids = _bytes_of(file, max_bytes)
+    network = load_model(model)
+    if window is None:
+        print_report(stream_with_bar(network, ids, chunk))
+        return
+    with _bar(min(windows, (len(ids) - 1) // max(1, window)) * window) as show:
+        report = by_position(
+            network, ids, window=window, windows=windows, batch_size=batch_size, chunk=chunk, on_chunk=show
+        )
+    print_report(report)
 
 
-def stream_with_bar(model: LongNetForCausalLM, ids: np.ndarray, chunk: int) -> StreamReport:
-    with tqdm(total=len(ids) - 1, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
 
         def show(tokens: int, cache_bytes: int) -> None:
             bar.update(tokens - bar.n)
             bar.set_postfix_str(f"cache {cache_bytes / 2**20:.2f} MiB")
 
+        yield show
+
+
+def stream_with_bar(model: LongNetForCausalLM, ids: np.ndarray, chunk: int) -> StreamReport:
+    with _bar(len(ids) - 1) as show:
         return stream(model, ids, chunk=chunk, on_chunk=show)
 
 
 def print_report(report: StreamReport) -> None:
-    print(f"{'positions':>22}  bits per byte")
-    for low, high, bits in zip(report.borders, report.borders[1:], report.bits_per_byte, strict=False):
-        print(f"{low:>10} - {high - 1:>9}  {bits:.3f}")
+    errors = report.standard_error if isinstance(report, PositionReport) else None
+    print(f"{'positions':>22}  bits per byte  perplexity" + ("  standard error" if errors else ""))
+    for i, (bits, perplexity) in enumerate(zip(report.bits_per_byte, report.perplexity, strict=True)):
+        low, high = report.borders[i : i + 2]
+        error = f"  {errors[i]:>14.3f}" if errors else ""
+        print(f"{low:>10} - {high - 1:>9}  {bits:>13.3f}  {perplexity:>10.2f}{error}")
     rate = report.tokens / report.seconds
+    where = f"{report.windows} windows, " if isinstance(report, PositionReport) else ""
     print(
-        f"{report.tokens} tokens, mean {report.mean:.3f}, {rate:,.0f} tokens/s, cache {report.cache_bytes} bytes"
+        f"{where}{report.tokens} tokens, mean {report.mean:.3f}, {rate:,.0f} tokens/s, cache {report.cache_bytes} bytes"
     )
 
 
@@ -58,6 +98,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = 0.95,
     seed: int | None = None,
+    stop: tuple[str, ...] = (),
     cache_in: Path | None = None,
     cache_out: Path | None = None,
 ) -> None:
@@ -72,6 +113,7 @@ def generate(
         top_k: Sample among the k likeliest.
         top_p: Sample among the fewest bytes that hold this much probability.
         seed: Makes the result repeatable.
+        stop: Texts that end the continuation.
         cache_in: Continue what was read before: a file made by --cache-out.
         cache_out: Save what was read and written, to ask again later without reading again.
     """
@@ -95,6 +137,7 @@ def generate(
         seed=seed,
         cache=cache,
         eos_token_id=text.EOS,
+        stop_sequences=[text.encode(s).tolist() for s in stop],
         on_token=lambda _, token: print(decoder.feed([token]), end="", flush=True),
     )
     print(decoder.feed([], final=True))
@@ -104,6 +147,8 @@ def generate(
 
 def _bytes_of(file: Path, max_bytes: int | None) -> np.ndarray:
     """uint16 ids of a file, held on disk: a file of any size takes no memory here."""
+    if not file.stat().st_size:
+        raise ValueError(f"file: expected text; got {file}, which is empty")
     source = np.memmap(file, np.uint8, "r")[:max_bytes]
     with tempfile.TemporaryFile() as scratch:
         ids = np.memmap(scratch, np.uint16, "w+", shape=source.shape)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from longnet.train import TrainConfig, TrainSummary
 from longnet.train import train as train_model
+from longnet.train.data import SUFFIXES
 from longnet.train.data import prepare as prepare_data
 
 
@@ -18,28 +19,53 @@ def prepare(
     inputs: tyro.conf.Positional[tuple[Path, ...]],
     output: Path,
     on_bad: Literal["skip", "fail"] = "skip",
+    suffixes: tuple[str, ...] = SUFFIXES,
+    encoding: str = "utf-8",
+    validation_fraction: float = 0.05,
     max_bytes: int | None = None,
 ) -> None:
-    """Turn text files and folders into a token directory for training.
+    """Turn text files and folders into a token directory for training. Documents are held out by a hash of their bytes.
 
     Args:
-        inputs: Files or folders: .txt, .md, .py, .jsonl (field "text"), gzipped or not.
+        inputs: Files or folders; folders are read recursively. A .jsonl file holds a document a line, in the field "text".
         output: The directory to make.
         on_bad: What to do with empty, binary, undecodable or truncated inputs.
+        suffixes: Which files of a folder are read; the others are counted.
+        encoding: Of the inputs; they are stored as UTF-8.
+        validation_fraction: Share of the documents that training never sees.
         max_bytes: Stop after this much text.
     """
-    report = prepare_data(list(inputs), output, on_bad=on_bad, max_bytes=max_bytes)
+    report = prepare_data(
+        list(inputs), output, on_bad=on_bad, suffixes=suffixes, encoding=encoding,
+        validation_fraction=validation_fraction, max_bytes=max_bytes,
+    )  # fmt: skip
     for problem in report.bad:
         print(f"skipped {problem}", file=sys.stderr)
-    print(f"{report.documents} documents, {report.tokens} tokens, {len(report.bad)} skipped -> {output}")
+    if report.unlisted:
+        counts = ", ".join(
+            f"{n} {suffix}" for suffix, n in sorted(report.unlisted.items(), key=lambda x: -x[1])
+        )
+        print(f"not read, suffix not in {' '.join(suffixes)}: {counts}", file=sys.stderr)
+    print(
+        f"{report.documents} documents ({report.validation_documents} held out), {report.tokens} tokens, "
+        f"{len(report.bad)} skipped -> {output}"
+    )
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a model; continues by itself from the newest intact checkpoint in the output folder."""
+    """Train a model; continues by itself from the newest intact checkpoint in the output folder.
+
+    --config FILE.toml reads these options from a file, with the model's fields under [model]; what is given here wins.
+    """
     summary = train_with_bar(config)
     for reason in summary.skipped:
         print(f"passed over a damaged checkpoint: {reason}", file=sys.stderr)
     state = "finished" if summary.finished else "stopped; run the same command to continue"
+    if summary.finished and summary.plot is None:
+        print(
+            "no loss plot: matplotlib is not installed; pip install 'longnet-attention[plots]'",
+            file=sys.stderr,
+        )
     print(f"step {summary.step}, loss {summary.loss:.4f} nats, {summary.seconds:.0f} s: {state}")
 
 
@@ -48,6 +74,12 @@ def train_with_bar(config: TrainConfig) -> TrainSummary:
 
         def show(event: dict) -> None:
             bar.update(event["step"] - bar.n)
+            if "validation_bits_per_byte" in event:
+                bar.write(f"step {event['step']}: held out {event['validation_bits_per_byte']:.3f} bits/byte")
+            if "save_error" in event:
+                bar.write(event["save_error"], file=sys.stderr)
+            if "sample" in event:
+                bar.write(f"step {event['step']}: {event['sample']!r}")
             bar.set_postfix_str(
                 f"{event['bits_per_byte']:.2f} bits/byte, {event['tokens_per_second']:,.0f} tokens/s"
             )

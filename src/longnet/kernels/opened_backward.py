@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
-from longnet.kernels.opened_forward import gathered_dot, load_rows
+from longnet.kernels.opened_forward import candidates, count_opened, load_rows, unopened
 
 
 @triton.jit
@@ -21,8 +21,8 @@ def opened_dq(
     dout, lse, delta, dq, dbias, dmix,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, scale,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTED: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BC: tl.constexpr,
+    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of the far queries, per query dbias (B, N, H, levels) and dmix (B, N, H)."""
@@ -46,51 +46,40 @@ def opened_dq(
         at_lse = (b * num_heads + head) * num_tokens + token
         lse2 = tl.load(lse + at_lse, g_ok, float("inf")) * LOG2E
         dl = tl.load(delta + at_lse, g_ok, 0.0)
-        q_base = q + b * sqb + token * sqn
-        do_base = dout + (b * num_tokens + token) * num_heads * D
         node_stride = num_key_heads * D
         kbar_base = kbar + (b * num_nodes * num_key_heads + kh) * D
         vbar_base = vbar + (b * num_nodes * num_key_heads + kh) * D
         entropy_base = entropy + b * num_nodes * num_key_heads + kh
         slot = (pair * num_tokens + token) * levels
-        c_list = tl.arange(0, LISTED)
-        c_child = tl.arange(0, BEAM * RADIX)
-        qt = tl.load(q_base + head[:, None] * sqh + d[None, :], row_ok, 0.0)
+        qt = tl.load(q + b * sqb + token * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
         do = tl.load(dout + at_out, row_ok, 0.0)
         for step in range(levels):
             level = levels - 1 - step
             lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
             offset = tl.load(offsets + level)
-            bias = tl.load(level_bias + head * levels + level, g_ok, 0.0) * LOG2E
-            base_node = lo + c_list
-            base_ok = base_node < hi
-            bits = tl.load(base_bits + slot + level)
-            keep = base_ok & (((bits >> c_list) & 1) == 0)
-            kt = load_rows(kbar_base, offset + base_node, base_ok, node_stride, d, D)
-            vt = load_rows(vbar_base, offset + base_node, base_ok, node_stride, d, D)
-            h = tl.load(entropy_base + (offset + base_node) * num_key_heads, base_ok, 0.0) * LOG2E
-            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :] + bias[:, None]
-            p = tl.where(keep[None, :], tl.exp2(s - lse2[:, None]), 0.0)
-            ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
-            acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-            sums = tl.sum(ds, 1)
-            if level < levels - 1:
-                parent = tl.load(opened + (slot + level + 1) * WIDTH + c_child // RADIX)
-                child_ok = parent >= 0
-                child = offset + parent * RADIX + c_child % RADIX
-                child_mask = tl.load(child_bits + (slot + level) * BEAM + c_child // RADIX)
-                child_keep = child_ok & (((child_mask >> (c_child % RADIX)) & 1) == 0)
-                s_child = gathered_dot(q_base, sqh, head, g_ok, kbar_base, child, child_ok, node_stride,
-                                       GP, BEAM * RADIX, D, BD, CHUNK, PREC)  # fmt: skip
-                h_child = tl.load(entropy_base + child * num_key_heads, child_ok, 0.0) * LOG2E
-                p_child = tl.exp2(s_child * (scale * LOG2E) + h_child[None, :] + (bias - lse2)[:, None])
-                p_child = tl.where(child_keep[None, :], p_child, 0.0)
-                dp_child = gathered_dot(do_base, D, head, g_ok, vbar_base, child, child_ok, node_stride,
-                                        GP, BEAM * RADIX, D, BD, CHUNK, PREC)  # fmt: skip
-                ds_child = p_child * (dp_child - dl[:, None])
-                sums += tl.sum(ds_child, 1)
-                k_child = load_rows(kbar_base, child, child_ok, node_stride, d, D)
-                acc = tl.dot(ds_child.to(k_child.dtype), k_child, acc, input_precision=PREC)
+            bias = tl.load(level_bias + head * levels + level, g_ok, 0.0) * LOG2E - lse2
+            above = opened + (slot + tl.minimum(level + 1, levels - 1)) * WIDTH
+            parents = count_opened(above, level, levels, BEAM)
+            size = parents * RADIX + hi - lo
+            base_word = tl.load(base_bits + slot + level)
+            child_words = child_bits + (slot + level) * BEAM
+            sums = tl.zeros((GP,), tl.float32)
+            for begin in tl.range(0, size, BC):
+                c = begin + tl.arange(0, BC)
+                keep = unopened(c, parents, size, base_word, child_words, RADIX)
+                node = offset + candidates(c, parents, lo, above, RADIX)
+                kt = load_rows(kbar_base, node, keep, node_stride, d, D)
+                vt = load_rows(vbar_base, node, keep, node_stride, d, D)
+                h = tl.load(entropy_base + node * num_key_heads, keep, 0.0) * LOG2E
+                s = (
+                    tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+                    + h[None, :]
+                    + bias[:, None]
+                )
+                p = tl.where(keep[None, :], tl.exp2(s), 0.0)
+                ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
+                acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+                sums += tl.sum(ds, 1)
             tl.store(dbias + at_scalar * levels + level, sums, g_ok)
         beta = tl.load(router_mix + head, g_ok, 1.0)
         bias = tl.load(level_bias + head * levels, g_ok, 0.0) * LOG2E

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -16,6 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longnet.attention.cached import decode_attention, prefill_attention, write_rows, write_step
+from longnet.attention.hierarchical_cached import Step
+from longnet.attention.hierarchical_torch import Parameters
+from longnet.model.hierarchical_states import HierarchicalStates
 
 _FORMAT = "longnet-cache-1"
 _MIN_ROWS = 64
@@ -34,7 +39,16 @@ class LongNetCache:
 
     Attributes:
         positions: (B,) int64 on the device, tokens read by every sequence.
-        layers: per layer a list of (keys, values), one pair per branch.
+        layers: per dilated layer a list of (keys, values), one pair per branch; per hierarchical layer its states.
+
+    Example:
+        >>> from longnet import LongNetConfig, LongNetForCausalLM
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> cache = LongNetCache(model.config, batch_size=1)
+        >>> for chunk in torch.randint(4, 260, (1, 100)).split(30, dim=1):
+        ...     logits = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+        >>> cache.host_positions
+        (100,)
     """
 
     is_compileable = False
@@ -57,13 +71,20 @@ class LongNetCache:
         self.num_key_heads = config.num_key_value_heads or config.num_attention_heads
         self.dtype = dtype
         self._fingerprint = _fingerprint(config, self.pattern)
-        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a cache made while generating may be continued outside
+            self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # The host's copy spares a synchronisation per step; both change only in `advance` and by batch operations.
         self._host = [0] * batch_size
         self._lengths: tuple[Tensor, list[int]] | None = None
-        self.layers = [
+        # Changes whenever a buffer or `positions` moves to another address.
+        self.version = 0
+        kinds = getattr(config, "attention_kinds", lambda: ["dilated"] * config.num_hidden_layers)()
+        tree: Any = config.hierarchical_pattern() if "hierarchical" in kinds else None
+        self.layers: list[Any] = [
             [self._pair(batch_size, 0, branch) for branch in self.pattern.branches]
-            for _ in range(config.num_hidden_layers)
+            if kind == "dilated"
+            else HierarchicalStates(tree, batch_size, self.num_key_heads, self.head_dim, dtype, device)
+            for kind in kinds
         ]
 
     @property
@@ -83,7 +104,8 @@ class LongNetCache:
         slots = len(self.pattern.slots(branch[1], self.num_heads, self.num_key_heads))
         shape = (batch, rows, slots, self.head_dim)
         # Zeros, not empty: rows that are masked out must stay finite, 0 * NaN is NaN.
-        return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))  # type: ignore[return-value]
+        with torch.inference_mode(False):
+            return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))  # type: ignore[return-value]
 
     def _reserve(self, layer: list[tuple[Tensor, Tensor]], end: int) -> None:
         """Make room for positions below `end` in the buffers of a layer."""
@@ -96,6 +118,7 @@ class LongNetCache:
             for new, old in zip(grown, layer[i], strict=True):
                 new[:, :have] = old
             layer[i] = grown
+            self.version += 1
 
     def attend(
         self,
@@ -125,6 +148,24 @@ class LongNetCache:
             out[part] = self._prefill(layer, q[part], k[part], v[part], part, host[part])
         return out
 
+    def attend_hierarchical(
+        self,
+        layer_index: int,
+        step: Step,
+        parameters: Parameters,
+        prior_query: Tensor,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """`attend` of a hierarchical layer: -> (B, n, H, D)."""
+        self._check(layer_index, step.q, step.k, step.v)
+        host = self._host_lengths(lengths, step.q.shape[1])
+        step = Step(*(x.to(self.dtype) for x in step))
+        return self.layers[layer_index].attend(step, parameters, prior_query, host)
+
+    def key_tail(self, layer_index: int, k: Tensor, width: int, lengths: Tensor | None) -> Tensor:
+        """The width - 1 raw keys before the chunk k (B, n, K, D); those of the chunk take their place."""
+        return self.layers[layer_index].key_tail(k, width, self._host_lengths(lengths, k.shape[1]))
+
     def _prefill(
         self, layer: list, q: Tensor, k: Tensor, v: Tensor, part: slice, lengths: list[int]
     ) -> Tensor:
@@ -146,12 +187,35 @@ class LongNetCache:
         """Count the tokens that all layers have now attended: n for all sequences or lengths (B,). Once per forward."""
         if isinstance(lengths, int):
             host = [lengths] * self.batch_size
-            self.positions = self.positions + lengths
+            self.positions.add_(lengths)
         else:
             host = self._host_lengths(lengths, None)
-            self.positions = self.positions + torch.as_tensor(lengths, device=self.device).long()
+            self.positions.add_(torch.as_tensor(lengths, device=self.device).long())
         self._host = [p + n for p, n in zip(self._host, host, strict=True)]
         self._lengths = None
+
+    # What a captured step needs: addresses that stay, and counting that happens once.
+
+    def reserve_step(self) -> None:
+        """Make room for one more token of every sequence."""
+        for layer in self.layers:
+            if not isinstance(layer, HierarchicalStates):
+                self._reserve(layer, max(self._host) + 1)
+
+    def count_step(self) -> None:
+        """Tell the host that a replayed step has counted one token of every sequence on the device."""
+        self._host = [p + 1 for p in self._host]
+        self._lengths = None
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within, forwards leave the positions, on the host and on the device, as they were."""
+        positions, host = self.positions.clone(), self._host
+        yield
+        self._host = host
+        self._lengths = None
+        if not torch.cuda.is_current_stream_capturing():
+            self.positions.copy_(positions)
 
     def _host_lengths(self, lengths: Sequence[int] | Tensor | None, n: int | None) -> list[int]:
         """`lengths` as integers; a tensor is read once per forward, not once per layer."""
@@ -183,15 +247,25 @@ class LongNetCache:
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+        own = [layer for layer in self.layers if isinstance(layer, HierarchicalStates)]
+        pairs = [
+            x
+            for layer in self.layers
+            if not isinstance(layer, HierarchicalStates)
+            for pair in layer
+            for x in pair
+        ]
+        return sum(layer.nbytes() for layer in own) + sum(x.nbytes for x in pairs)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{i}.{j}.{name}": x
-            for i, layer in enumerate(self.layers)
-            for j, pair in enumerate(layer)
-            for name, x in zip(("keys", "values"), pair, strict=True)
-        }
+        named = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, HierarchicalStates):
+                named |= {f"{i}.{name}": x for name, x in layer.tensors().items()}
+                continue
+            for j, pair in enumerate(layer):
+                named |= {f"{i}.{j}.{name}": x for name, x in zip(("keys", "values"), pair, strict=True)}
+        return named
 
     # What transformers' generate asks of a cache.
 
@@ -215,7 +289,11 @@ class LongNetCache:
     def reset(self) -> None:
         """Forget everything; buffers stay allocated (stale rows are never read)."""
         self.positions = torch.zeros_like(self.positions)
+        self.version += 1
         self._host = [0] * self.batch_size
+        for layer in self.layers:
+            if isinstance(layer, HierarchicalStates):
+                layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence b continues what sequence beam_idx[b] has read (beam search)."""
@@ -229,10 +307,36 @@ class LongNetCache:
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences, in this order."""
         index = indices.to(self.device)
-        host = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        host_index = torch.arange(self.batch_size)[indices.cpu()].tolist()
         self.positions = self.positions[index]
-        self._host = [self._host[b] for b in host]
-        self.layers = [[(k[index], v[index]) for k, v in layer] for layer in self.layers]
+        self.version += 1
+        self._host = [self._host[b] for b in host_index]
+        self.layers = [
+            layer.select(host_index)
+            if isinstance(layer, HierarchicalStates)
+            else [(k[index], v[index]) for k, v in layer]
+            for layer in self.layers
+        ]
+
+    def copy(self) -> LongNetCache:
+        """The same state in memory of its own: read on with one, return to the other."""
+        other = copy.copy(self)
+        other._host, other._lengths = list(self._host), None
+        other.batch_select_indices(torch.arange(self.batch_size))
+        return other
+
+    def crop(self, max_length: int) -> None:
+        """Refuse to go back: rows that newer tokens overwrote are gone. (transformers calls this in assisted decoding.)
+
+        Raises:
+            ValueError: max_length below what has been read.
+        """
+        if max_length < 0 or max_length < self.get_seq_length():
+            raise ValueError(
+                f"crop: expected a length of at least {self.get_seq_length()}, what has been read; got {max_length}; a "
+                "LongNetCache keeps only rows that later tokens may see, so it cannot go back: take a copy() or save() "
+                "before reading what may have to be undone"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a snapshot (one safetensors file): to a temporary name, synchronised, renamed. Never half a file."""
@@ -280,6 +384,16 @@ class LongNetCache:
         cache._host = list(host)
         cache.positions = torch.tensor(host, dtype=torch.int64, device=device)
         for i, layer in enumerate(cache.layers):
+            if isinstance(layer, HierarchicalStates):
+                layer.load(
+                    {
+                        name.removeprefix(f"{i}."): x
+                        for name, x in tensors.items()
+                        if name.startswith(f"{i}.")
+                    },
+                    host,
+                )
+                continue
             for j in range(len(layer)):
                 layer[j] = tuple(tensors[f"{i}.{j}.{name}"].to(device) for name in ("keys", "values"))  # type: ignore[assignment]
         return cache
@@ -304,6 +418,8 @@ def _fingerprint(config: Any, pattern: Any) -> dict[str, Any]:
     result |= {name: getattr(config, name) for name in optional if hasattr(config, name)}
     result["branches"] = [list(branch) for branch in pattern.branches]
     result["head_offsets"] = pattern.head_offsets
+    if "hierarchical" in getattr(config, "attention_kinds", list)():
+        result |= {"attention": config.attention_kinds(), "hierarchical": repr(config.hierarchical_pattern())}
     return result
 
 
@@ -325,7 +441,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["longnet"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Cloned: library products depend on the alignment of memory in their last bit, and a file has none.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         checksum = meta["checksum"]
         actual = _checksum(meta, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

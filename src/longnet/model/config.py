@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from longnet.patterns import DilatedPattern, HeadOffsets
+from longnet.patterns import DilatedPattern, HeadOffsets, HierarchicalPattern
 
 _SHORT = {"segment_lengths": [256, 1024, 4096], "dilation_rates": [1, 4, 16]}
 _MIDDLE = {"segment_lengths": [1024, 4096, 16384], "dilation_rates": [1, 4, 16]}
@@ -47,6 +47,9 @@ class LongNetConfig(PreTrainedConfig):
         segment_lengths, dilation_rates, head_offsets: the `DilatedPattern`.
         bidirectional: every token sees both directions of its segments (no cache, no causal
             language modelling).
+        attention: "dilated", "hierarchical", or a list with one of them for every layer.
+        hierarchical: fields of `HierarchicalPattern` for the hierarchical layers, as JSON.
+        key_conv: width of the short convolution on the keys of hierarchical layers; 0 for none.
         attention_impl: None picks the best path; "strided" or "reference" obeys or
             raises.
 
@@ -80,6 +83,9 @@ class LongNetConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     attention_impl: Literal["strided", "reference"] | None = None
+    attention: str | list[str] = "dilated"
+    hierarchical: dict[str, Any] | None = None
+    key_conv: int = 4
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._require_positive("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -131,6 +137,17 @@ class LongNetConfig(PreTrainedConfig):
                 f"expected pad_token_id in [0, vocab_size = {self.vocab_size}); got {self.pad_token_id}"
             )
         self.pattern()  # raises for a pattern that cannot be
+        kinds = self.attention_kinds()
+        if len(kinds) != self.num_hidden_layers or not set(kinds) <= {"dilated", "hierarchical"}:
+            raise ValueError(
+                f"expected attention 'dilated', 'hierarchical' or a list of {self.num_hidden_layers} of them, one a layer; got"
+                f" {self.attention!r}"
+            )
+        if type(self.key_conv) is not int or not 0 <= self.key_conv <= 64:
+            raise ValueError(
+                f"expected key_conv, the width of the convolution on keys, in 0 .. 64; got {self.key_conv!r}"
+            )
+        self.hierarchical_pattern()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LongNetConfig:
@@ -144,6 +161,26 @@ class LongNetConfig(PreTrainedConfig):
         """Who sees whom."""
         return DilatedPattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.head_offsets)
 
+    def attention_kinds(self) -> list[str]:
+        """ "dilated" or "hierarchical", for every layer."""
+        return (
+            [self.attention] * self.num_hidden_layers
+            if isinstance(self.attention, str)
+            else list(self.attention)
+        )
+
+    def hierarchical_pattern(self) -> HierarchicalPattern:
+        """The tree of the hierarchical layers."""
+        fields = dict(self.hierarchical or {})
+        if fields.get("retention") is not None:
+            fields["retention"] = tuple(fields["retention"])
+        try:
+            return HierarchicalPattern(**fields)
+        except TypeError as error:
+            raise ValueError(
+                f"expected hierarchical to hold fields of HierarchicalPattern; got {fields}: {error}"
+            ) from error
+
     def _matrix_parameters(self) -> int:
         """Weights of all layers that take part in a matrix product: every one costs 2 operations
         per token."""
@@ -153,21 +190,30 @@ class LongNetConfig(PreTrainedConfig):
 
     def num_parameters(self) -> int:
         """Parameters of `LongNetForCausalLM`: matrices + two norms and two head norms per layer +
-        norm + embeddings."""
+        what hierarchical layers pool and route by + norm + embeddings."""
         norms = self.num_hidden_layers * 2 * (self.hidden_size + self.head_dim) + self.hidden_size
         tables = 1 if self.tie_word_embeddings else 2
-        return self._matrix_parameters() + norms + tables * self.vocab_size * self.hidden_size
+        pooling = self.num_key_value_heads * self.head_dim * (1 + self.key_conv)
+        routing = self.num_attention_heads * (1 + self.hierarchical_pattern().most_levels())
+        extra = self.attention_kinds().count("hierarchical") * (pooling + routing)
+        return self._matrix_parameters() + norms + extra + tables * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, num_tokens: int, training: bool = True) -> float:
         """Operations per token at sequence length N, the embedding look-up excluded, recomputation
         not counted.
 
-        forward = 2 (matrices + hidden V) + layers * pattern.flops(N) / N;
+        forward = 2 (matrices + hidden V) + the sum over layers of pattern.flops(N) / N;
         training = 3 * the first term + 3.5 * the second (its backward recomputes the scores).
         """
         matrices = 2 * (self._matrix_parameters() + self.vocab_size * self.hidden_size)
-        pairs = self.pattern().flops(
-            num_tokens, self.num_attention_heads, self.head_dim, causal=not self.bidirectional
-        )
-        attention = self.num_hidden_layers * pairs / num_tokens
+        kinds, shape = self.attention_kinds(), (num_tokens, self.num_attention_heads, self.head_dim)
+        attention = 0.0
+        if "dilated" in kinds:
+            dilated = self.pattern().flops(*shape, causal=not self.bidirectional)
+            attention += kinds.count("dilated") * dilated / num_tokens
+        if "hierarchical" in kinds:
+            # Bidirectional lists are the causal ones and their mirror image.
+            directions = 2 if self.bidirectional else 1
+            tree = directions * self.hierarchical_pattern().flops(*shape)
+            attention += kinds.count("hierarchical") * tree / num_tokens
         return 3 * matrices + 3.5 * attention if training else matrices + attention

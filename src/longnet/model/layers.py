@@ -138,7 +138,12 @@ class LongNetLayer(GradientCheckpointingLayer):
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
         super().__init__()
         self.attention_norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = LongNetAttention(config, layer_index)
+        if config.attention_kinds()[layer_index] == "hierarchical":
+            from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
+
+            self.attention: nn.Module = LongNetHierarchicalAttention(config, layer_index)
+        else:
+            self.attention = LongNetAttention(config, layer_index)
         self.mlp_norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LongNetMLP(config)
 

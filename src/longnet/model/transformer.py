@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from longnet.model.cache import LongNetCache
 from longnet.model.config import LongNetConfig
+from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
+from longnet.model.folder import furnish
 from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
 
@@ -33,6 +36,12 @@ class LongNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LongNetLayer"]  # noqa: RUF012 - Hugging Face's own convention
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in transformers; the folder also gets a stub for `trust_remote_code=True` and a model card."""
+        if is_main_process:
+            furnish(self, Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range); matrices that write to the residual stream 1 / sqrt(2 layers)
@@ -40,12 +49,22 @@ class LongNetPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear) and getattr(module, "writes_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, LongNetHierarchicalAttention):
+            for weight in (module.prior_query, module.level_bias, module.key_conv):
+                init.zeros_(weight)
+            init.ones_(module.router_mix)
         else:
             super()._init_weights(module)
 
 
 class LongNetModel(LongNetPreTrainedModel):
-    """Token embeddings, the layers and a final norm. Returns (B, N, hidden)."""
+    """Token embeddings, the layers and a final norm. Returns (B, N, hidden).
+
+    Example:
+        >>> encoder = LongNetModel(LongNetConfig.preset("tiny", num_hidden_layers=1, bidirectional=True))
+        >>> encoder(input_ids=torch.randint(4, 260, (2, 50))).last_hidden_state.shape
+        torch.Size([2, 50, 128])
+    """
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
@@ -170,8 +189,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     exist at once.
 
     Example:
-        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny"))
-        >>> loss = model(input_ids=ids, labels=ids).loss
+        >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
+        >>> ids = torch.randint(4, 260, (2, 50))
+        >>> model(input_ids=ids, labels=ids).loss.shape
+        torch.Size([])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -334,7 +355,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> bool:
         """Make nothing: `forward` makes a `LongNetCache` at its first call, when the batch (with
-        beams) is known."""
+        beams) is known. Only a prefill in chunks asks for one before."""
         if (cache := model_kwargs.get("past_key_values")) is not None:
             cache._is_user_defined = True
+        elif generation_config.prefill_chunk_size is not None and model_kwargs.get("use_cache") is not False:
+            beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = LongNetCache(
+                self.config, batch_size * beams, self.device, self.dtype
+            )
         return False

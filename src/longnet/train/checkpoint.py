@@ -119,11 +119,22 @@ def verify(path: Path) -> dict[str, Any]:
 def load(path: Path) -> tuple[Groups, dict[str, Any]]:
     """(tensors, state) of a verified checkpoint, on the CPU."""
     manifest = verify(path)
-    groups = {}
-    for name in manifest["files"]:
-        if name.endswith(".safetensors"):
-            groups[name.removesuffix(".safetensors")] = load_file(path / name)
-    return groups, json.loads((path / "state.json").read_text())
+    groups, file = {}, path
+    try:
+        for name in manifest["files"]:
+            file = path / name
+            if name.endswith(".safetensors"):
+                groups[name.removesuffix(".safetensors")] = load_file(file)
+        file = path / "state.json"
+        state = json.loads(file.read_text())
+        if not isinstance(state, dict):
+            raise TypeError(f"{type(state).__name__} instead of an object")
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise CheckpointCorrupt(
+            f"{file}: expected safetensors tensors or a JSON object; got {error!r}; the manifest seals it, so it was written "
+            "by something else"
+        ) from error
+    return groups, state
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import hashlib
 import json
 import os
@@ -20,17 +20,21 @@ from torch import Tensor
 
 from longnet.text import EOS, VOCAB_SIZE, encode
 
-FORMAT = 1
+FORMAT = 2
+SUFFIXES = (".txt", ".md", ".py", ".gz", ".jsonl")
+_READ = 1 << 16
 Split = Literal["train", "validation"]
 
 
 @dataclass
 class PreparationReport:
-    """What `prepare` read and what it could not."""
+    """What `prepare` read and what it could not: `bad` names file and offset, `unlisted` counts files by suffix."""
 
     documents: int = 0
+    validation_documents: int = 0
     tokens: int = 0
     bad: list[str] = field(default_factory=list)
+    unlisted: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(
@@ -38,71 +42,121 @@ def prepare(
     output: Path,
     *,
     on_bad: Literal["skip", "fail"] = "skip",
-    suffixes: tuple[str, ...] = (".txt", ".md", ".py", ".gz", ".jsonl"),
+    suffixes: tuple[str, ...] = SUFFIXES,
+    encoding: str = "utf-8",
+    validation_fraction: float = 0.05,
     max_bytes: int | None = None,
 ) -> PreparationReport:
     """Turn files and folders into a token directory: tokens.bin (uint16), documents.npy (start offsets), meta.json.
 
     A document is a file, or a line's "text" in a .jsonl file; both may be gzipped. It ends with EOS. Folders are read
-    recursively in sorted order. Empty, binary, undecodable, unreadable or truncated inputs are counted and reported with
-    file and offset; `on_bad="fail"` raises on the first. The directory appears whole or not at all.
+    recursively in sorted order; files with other suffixes are counted. Empty, binary, undecodable, unreadable or truncated
+    inputs are counted and reported with file and offset; `on_bad="fail"` raises on the first. The directory appears whole
+    or not at all.
+
+    Which documents are held out follows from a hash of each document's bytes: adding text moves no old document to the
+    other split, and copies of one document are never in both. Training documents come first in tokens.bin. Neither split is
+    empty by chance: the smallest hash of at least two documents is held out, the largest of any number is not.
 
     Raises:
-        ValueError: no readable document, an existing output, or bad input under "fail".
+        ValueError: no readable document, an existing output, bad arguments, or bad input under "fail".
     """
     if output.exists():
         raise ValueError(
             f"output: expected a path that does not exist; got {output}; remove it or choose another"
         )
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction: expected a number in [0, 1); got {validation_fraction}")
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(
+            f'encoding: expected one that Python knows, such as "latin-1"; got {encoding!r}'
+        ) from error
     report = PreparationReport()
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
-    offsets, digest = [0], hashlib.sha256()
     try:
-        with open(temporary / "tokens.bin", "wb") as stream:
-            for _, document in _documents(_files(inputs, suffixes), report, on_bad):
+        offsets, hashes = [0], []
+        with open(temporary / "unsorted.bin", "wb") as stream:
+            for document in _documents(_files(inputs, suffixes, report), report, on_bad, encoding):
                 ids = np.append(encode(document), np.uint16(EOS))
                 stream.write(ids.tobytes())
-                digest.update(ids.tobytes())
+                hashes.append(int.from_bytes(hashlib.sha256(document).digest()[:8], "big"))
                 offsets.append(offsets[-1] + len(ids))
                 if max_bytes is not None and offsets[-1] >= max_bytes:
                     break
-            stream.flush()
-            os.fsync(stream.fileno())
-        report.documents, report.tokens = len(offsets) - 1, offsets[-1]
+        report.documents, report.tokens = len(hashes), offsets[-1]
         if not report.documents:
             raise ValueError(
-                f"expected at least one readable document in {[str(p) for p in inputs]}; bad: {report.bad}"
+                f"expected at least one readable document in {[str(p) for p in inputs]}; bad: {report.bad}; files of "
+                f"other suffixes: {report.unlisted}"
             )
-        np.save(temporary / "documents.npy", np.array(offsets, np.int64))
-        meta = {
-            "format": FORMAT,
-            "vocab_size": VOCAB_SIZE,
-            "tokens": report.tokens,
-            "sources": digest.hexdigest(),
-        }
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        for path in (temporary / "documents.npy", temporary / "meta.json", temporary):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        held_out = [h < validation_fraction * 2**64 for h in hashes]
+        if validation_fraction and len(hashes) > 1 and not any(held_out):
+            held_out[hashes.index(min(hashes))] = True
+        if all(held_out):
+            held_out[hashes.index(max(hashes))] = False
+        report.validation_documents = sum(held_out)
+        _write_split(temporary, offsets, held_out)
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 
-def _files(inputs: list[Path], suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _write_split(folder: Path, offsets: list[int], held_out: list[bool]) -> None:
+    """tokens.bin, documents.npy and meta.json from unsorted.bin: training documents first, each group in reading order."""
+    order = sorted(range(len(held_out)), key=held_out.__getitem__)
+    source, digest, sorted_offsets, border = (
+        np.memmap(folder / "unsorted.bin", np.uint16, "r"),
+        hashlib.sha256(),
+        [0],
+        0,
+    )
+    with open(folder / "tokens.bin", "wb") as stream:
+        for i in order:
+            ids = source[offsets[i] : offsets[i + 1]].tobytes()
+            stream.write(ids)
+            digest.update(ids)
+            sorted_offsets.append(sorted_offsets[-1] + len(ids) // 2)
+            border = border if held_out[i] else sorted_offsets[-1]
+    (folder / "unsorted.bin").unlink()
+    np.save(folder / "documents.npy", np.array(sorted_offsets, np.int64))
+    meta = {
+        "format": FORMAT,
+        "vocab_size": VOCAB_SIZE,
+        "tokens": sorted_offsets[-1],
+        "train_tokens": border,
+        "sources": digest.hexdigest(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _files(inputs: list[Path], suffixes: tuple[str, ...], report: PreparationReport) -> Iterator[Path]:
     for path in inputs:
         if not path.exists():
             raise ValueError(f"expected an existing file or folder; got {path}")
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in suffixes)
-        else:
+        if not path.is_dir():
             yield path
+            continue
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            if file.suffix in suffixes:
+                yield file
+            else:
+                suffix = file.suffix or "none"
+                report.unlisted[suffix] = report.unlisted.get(suffix, 0) + 1
 
 
-def _documents(files: Iterator[Path], report: PreparationReport, on_bad: str) -> Iterator[tuple[str, bytes]]:
+def _documents(
+    files: Iterator[Path], report: PreparationReport, on_bad: str, encoding: str
+) -> Iterator[bytes]:
+    """UTF-8 documents."""
+
     def bad(message: str) -> None:
         if on_bad == "fail":
             raise ValueError(message)
@@ -110,43 +164,66 @@ def _documents(files: Iterator[Path], report: PreparationReport, on_bad: str) ->
 
     for path in files:
         try:
-            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (OSError, EOFError, zlib.error) as error:
+            data = path.read_bytes()
+            data = _gunzip(data) if path.suffix == ".gz" else data
+        except (OSError, ValueError) as error:
             bad(f"{path}: unreadable: {error}")
             continue
-        lines = path.name.removesuffix(".gz").endswith(".jsonl")
-        for number, part in enumerate(data.splitlines() if lines else [data], 1):
+        lines, offset = path.name.removesuffix(".gz").endswith(".jsonl"), 0
+        for number, part in enumerate(data.splitlines(keepends=True) if lines else [data], 1):
+            name = f"{path}:{number} (byte {offset})" if lines else str(path)
+            offset += len(part)
             if lines and not part.strip():
                 continue
-            name = f"{path}:{number}" if lines else str(path)
             try:
-                document = json.loads(part)["text"].encode() if lines else part
+                text = part.decode(encoding)
+                document = json.loads(text)["text"].encode() if lines else text.encode()
+            except UnicodeDecodeError as error:
+                where = (
+                    f"not {encoding}: byte {part[error.start]:#04x} at offset {error.start} ({error.reason})"
+                )
+                bad(f"{name}: {_binary(part) or where}")
+                continue
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 bad(f'{name}: expected a JSON object with "text": {error!r}')
                 continue
-            problem = _problem(document)
+            problem = _binary(document) or (None if document.strip() else "empty")
             if problem:
                 bad(f"{name}: {problem}")
             else:
-                yield name, document
+                yield document
 
 
-def _problem(document: bytes) -> str | None:
-    if not document.strip():
-        return "empty"
-    if (zero := document.find(b"\0")) >= 0:
-        return f"binary: a zero byte at offset {zero}"
-    try:
-        document.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: byte {document[error.start]:#04x} at offset {error.start}"
-    return None
+def _binary(document: bytes) -> str | None:
+    zero = document.find(b"\0")
+    return f"binary: a zero byte at offset {zero}" if zero >= 0 else None
+
+
+def _gunzip(data: bytes) -> bytes:
+    """All members of a gzip file; ValueError with the offset where it breaks or ends too early."""
+    out, at = bytearray(), 0
+    while at < len(data) and data[at:].strip(b"\0"):
+        member = zlib.decompressobj(wbits=31)
+        while not member.eof:
+            if at >= len(data):
+                raise ValueError(
+                    f"truncated gzip: it ends at offset {len(data)}, after {len(out)} bytes of text"
+                )
+            piece = data[at : at + _READ]
+            try:
+                out += member.decompress(piece)
+            except zlib.error as error:
+                raise ValueError(
+                    f"damaged gzip between offsets {at} and {at + len(piece)}, after {len(out)} bytes of text: {error}"
+                ) from error
+            at += len(piece) - len(member.unused_data)
+    return bytes(out)
 
 
 class TokenDataset:
-    """A prepared directory, memory-mapped. The last `validation_fraction` of the tokens, at a document border, is held out."""
+    """A prepared directory, memory-mapped: the training documents, then the held-out ones."""
 
-    def __init__(self, path: Path | str, validation_fraction: float = 0.05) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         try:
             self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
@@ -154,26 +231,25 @@ class TokenDataset:
             self.tokens = np.memmap(self.path / "tokens.bin", np.uint16, "r")
             expected = (FORMAT, int(self.meta["tokens"]), int(self.documents[-1]))
             found = (self.meta["format"], len(self.tokens), len(self.tokens))
+            self._border = int(self.meta.get("train_tokens", -1))
             str(self.meta["sources"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"expected a directory made by `longnet prepare`; got {path}: {error!r}; prepare it again"
             ) from error
-        if expected != found:
+        if expected != found or not 0 <= self._border <= len(self.tokens):
             raise ValueError(
                 f"{path}: expected format {expected[0]} and {expected[1]} tokens (documents end at {expected[2]}); got "
                 f"format {found[0]} and {found[1]} tokens; prepare it again"
             )
-        border = int(np.searchsorted(self.documents, len(self.tokens) * (1 - validation_fraction)))
-        self._border = int(self.documents[min(border, len(self.documents) - 1)])
 
     def split(self, split: Split) -> np.ndarray:
         """The tokens of a split, as a view on the file."""
         tokens = self.tokens[: self._border] if split == "train" else self.tokens[self._border :]
         if not len(tokens):
             raise ValueError(
-                f"expected at least one whole document in the {split!r} split; got {len(self.documents) - 1} documents in all, "
-                "the last of them too long; prepare more documents or change validation_fraction"
+                f"expected at least one whole document in the {split!r} split; got {len(self.documents) - 1} documents in all; "
+                "prepare more documents, or the same in more files, or change validation_fraction"
             )
         return tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,19 @@ class StreamReport:
         sizes = np.diff(self.borders)
         return float(np.dot(self.bits_per_byte, sizes) / sizes.sum())
 
+    @property
+    def perplexity(self) -> tuple[float, ...]:
+        """2^bits of every bucket."""
+        return tuple(2.0**bits for bits in self.bits_per_byte)
+
+
+@dataclass(frozen=True)
+class PositionReport(StreamReport):
+    """`StreamReport` over `windows` windows; `standard_error[i]` of bits_per_byte[i], between windows (nan for one)."""
+
+    windows: int
+    standard_error: tuple[float, ...]
+
 
 @torch.no_grad()
 def stream(
@@ -37,36 +50,129 @@ def stream(
     *,
     chunk: int = 4096,
     first_bucket: int = 256,
+    cache: LongNetCache | None = None,
     on_chunk: Callable[[int, int], None] = lambda tokens, cache_bytes: None,
 ) -> StreamReport:
     """Read ids (N,) chunk by chunk through a `LongNetCache`; memory does not grow with N beyond the cache's formula.
 
     Position buckets double from `first_bucket`. Position p counts the prediction of token p + 1 from tokens 0 .. p.
 
+    Args:
+        cache: continue what this cache, of one sequence, has read: ids[0] follows it and has its position. Afterwards it
+            has read all but the last id.
+        on_chunk: called with (predictions made, bytes of the cache).
+
     Raises:
-        ValueError: fewer than two tokens or a chunk below one.
+        ValueError: fewer than two tokens, a chunk below one, or a cache of another batch size.
     """
-    if len(ids) < 2 or chunk < 1:
+    if cache is not None and cache.batch_size != 1:
         raise ValueError(
-            f"expected at least two tokens and a chunk of at least one; got {len(ids)} and {chunk}"
+            f"cache: expected one sequence; got {cache.batch_size}; use cache.batch_select_indices"
         )
-    model.eval()
-    parameter = next(model.parameters())
-    cache = LongNetCache(model.config, 1, parameter.device, parameter.dtype)
-    count = len(ids) - 1
-    borders = [0]
-    while borders[-1] < count:
-        borders.append(min(count, max(first_bucket, borders[-1] * 2)))
+    if np.ndim(ids) != 1 or len(ids) < 2 or chunk < 1 or first_bucket < 1:
+        raise ValueError(
+            f"expected at least two tokens (N,), a chunk and a first bucket of at least one; got {np.shape(ids)}, {chunk} and"
+            f" {first_bucket}"
+        )
+    cache = _cache(model, 1) if cache is None else cache
+    begin, count = cache.host_positions[0], len(ids) - 1
+    borders = _borders(begin, begin + count, first_bucket)
     sums = np.zeros(len(borders) - 1)
     started = time.perf_counter()
-    for first in range(0, count, chunk):
-        part = torch.from_numpy(ids[first : first + chunk + 1].astype(np.int64)).to(parameter.device)[None]
-        inputs, targets = part[:, :-1], part[:, 1:]
-        losses = model.token_losses(inputs, targets=targets, past_key_values=cache)[0].double().cpu().numpy()
-        buckets = np.searchsorted(borders, np.arange(first, first + len(losses)), "right") - 1
-        np.add.at(sums, buckets, losses)
-        on_chunk(first + len(losses), cache.nbytes())
+    for first, losses in _losses(model, ids[None], chunk, cache):
+        sums += _by_bucket(borders, begin + first, losses)[0]
+        on_chunk(first + losses.shape[1], cache.nbytes())
     bits = sums / np.diff(borders) / math.log(2)
-    return StreamReport(
-        count, tuple(borders), tuple(bits.tolist()), cache.nbytes(), time.perf_counter() - started
-    )
+    seconds = time.perf_counter() - started
+    return StreamReport(count, tuple(borders), tuple(bits.tolist()), cache.nbytes(), seconds)
+
+
+@torch.no_grad()
+def by_position(
+    model: LongNetForCausalLM,
+    ids: np.ndarray,
+    *,
+    window: int,
+    windows: int = 16,
+    batch_size: int = 1,
+    chunk: int = 4096,
+    first_bucket: int = 256,
+    on_chunk: Callable[[int, int], None] = lambda tokens, cache_bytes: None,
+) -> PositionReport:
+    """Bits per byte by position within windows of `window` predictions, each read from nothing.
+
+    One stream meets every position once, with whatever text stands there. Here every bucket averages over the same number of
+    windows, evenly spaced over ids (N,): a bucket lower than the one before it by more than their standard errors says that
+    the longer context helps. Windows do not overlap; if fewer than `windows` fit, as many as fit are read.
+
+    Raises:
+        ValueError: text shorter than one window, or a number below one.
+    """
+    if min(window, windows, batch_size, chunk, first_bucket) < 1:
+        raise ValueError(
+            "expected window, windows, batch_size, chunk and first_bucket of at least one; got "
+            f"{window}, {windows}, {batch_size}, {chunk} and {first_bucket}"
+        )
+    fitting = (len(ids) - 1) // window
+    if fitting < 1:
+        raise ValueError(
+            f"expected at least {window + 1} tokens, one window; got {len(ids)}; shorten the window or give more text"
+        )
+    windows = min(windows, fitting)
+    borders = _borders(0, window, first_bucket)
+    # Spread over the whole text: window i lies in the i-th of `windows` equal parts.
+    begins = [i * fitting // windows * window for i in range(windows)]
+    sums, largest, started = [], 0, time.perf_counter()
+    for i in range(0, windows, batch_size):
+        part = np.stack([ids[begin : begin + window + 1] for begin in begins[i : i + batch_size]])
+        cache, total = _cache(model, len(part)), np.zeros((len(part), len(borders) - 1))
+        for first, losses in _losses(model, part, chunk, cache):
+            total += _by_bucket(borders, first, losses)
+            largest = max(largest, cache.nbytes())
+            on_chunk(i * window + len(part) * (first + losses.shape[1]), cache.nbytes())
+        sums.append(total)
+    bits = np.concatenate(sums) / np.diff(borders) / math.log(2)
+    error = bits.std(0, ddof=1) / math.sqrt(windows) if windows > 1 else np.full(len(borders) - 1, math.nan)
+    return PositionReport(
+        windows * window, tuple(borders), tuple(bits.mean(0).tolist()), largest, time.perf_counter() - started,
+        windows, tuple(error.tolist()),
+    )  # fmt: skip
+
+
+def _cache(model: LongNetForCausalLM, batch: int) -> LongNetCache:
+    parameter = next(model.parameters())
+    dtype = torch.get_autocast_dtype(parameter.device.type) if _autocasts(parameter) else parameter.dtype
+    return LongNetCache(model.config, batch, parameter.device, dtype)
+
+
+def _autocasts(parameter: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(parameter.device.type)
+
+
+def _borders(begin: int, end: int, first_bucket: int) -> list[int]:
+    """begin, then first_bucket, 2 first_bucket, ... as far as they lie in (begin, end), then end."""
+    borders, border = [begin], first_bucket
+    while border < end:
+        if border > begin:
+            borders.append(border)
+        border *= 2
+    return [*borders, end]
+
+
+def _losses(
+    model: LongNetForCausalLM, ids: np.ndarray, chunk: int, cache: LongNetCache
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first, losses (B, n)) of the predictions of ids[:, 1:], chunk by chunk. ids (B, N) may be on disk."""
+    model.eval()
+    for first in range(0, ids.shape[1] - 1, chunk):
+        part = torch.from_numpy(ids[:, first : first + chunk + 1].astype(np.int64)).to(cache.device)
+        losses = model.token_losses(part[:, :-1], targets=part[:, 1:], past_key_values=cache)
+        yield first, losses.double().cpu().numpy()
+
+
+def _by_bucket(borders: list[int], first: int, losses: np.ndarray) -> np.ndarray:
+    """(B, buckets): sums of losses (B, n) whose first column is position `first`."""
+    buckets = np.searchsorted(borders, np.arange(first, first + losses.shape[1]), "right") - 1
+    sums = np.zeros((len(losses), len(borders) - 1))
+    np.add.at(sums.T, buckets, losses.T)
+    return sums

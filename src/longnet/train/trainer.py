@@ -16,12 +16,15 @@ from typing import Any, Literal
 
 import torch
 
+from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import checkpoint
 from longnet.train.data import TokenDataset, WindowSampler
+from longnet.train.monitor import Monitor, plot
 
 # May differ between a run and its continuation: they do not change what a step computes.
 _FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
+_FREE_FIELDS += ("on_save_error", "eval_every", "eval_windows", "sample_every", "tensorboard")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,7 +42,7 @@ class TrainConfig:
     preset: str = "tiny"
     """Model size: tiny, mini, small, base, large, xl."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Overrides of the preset's fields."""
+    """Overrides of the preset's fields, such as num_hidden_layers=2 segment_lengths=[256,4096] dilation_rates=[1,16]."""
     sequence_length: int = 2048
     """Tokens in a training window."""
     batch_size: int = 4
@@ -52,12 +55,14 @@ class TrainConfig:
     """Peak learning rate."""
     warmup: int = 50
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's running means of the gradient and of its square."""
     weight_decay: float = 0.1
     """On matrices only; not on norms and embeddings."""
     clip: float = 1.0
     """Largest gradient norm."""
-    bf16: bool = True
-    """bfloat16 autocast on CUDA; the CPU always trains in float32."""
+    bf16: bool | None = None
+    """bfloat16 autocast; weights, their gradients and AdamW stay float32. None: on CUDA, not on the CPU."""
     compile: bool = False
     """torch.compile the model."""
     gradient_checkpointing: bool = False
@@ -68,10 +73,21 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written, say on a full disk; the last one of a run must be written."""
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest intact checkpoint in the output folder; never: refuse a folder that has one."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out text, by position; 0: none."""
+    eval_windows: int = 16
+    """Windows of an evaluation."""
+    sample_every: int = 0
+    """Steps between samples that continue held-out text; 0: none."""
+    tensorboard: bool = False
+    """Also write everything to OUTPUT/tensorboard."""
+    resume: str = "auto"
+    """auto: continue from the newest intact checkpoint in the output folder; never: refuse a folder that has one; a path, of
+    another run's output folder or of one checkpoint: start there if the output folder has none."""
     device: str = "auto"
     """auto: CUDA where there is one, else CPU."""
 
@@ -87,6 +103,7 @@ class TrainSummary:
     parameters: int
     resumed_from: int
     skipped: tuple[str, ...]
+    plot: Path | None = None
 
 
 def train(
@@ -98,6 +115,7 @@ def train(
 
     Raises:
         ValueError: bad configuration or data, or a checkpoint of a different configuration (each field is named).
+        CheckpointWriteError: a checkpoint could not be written; earlier ones are intact.
         NonFiniteLoss: before the optimizer step that it would have spoiled; checkpoints stay as they were.
     """
     _check(config)
@@ -108,19 +126,25 @@ def train(
         while run.step < config.steps and not stop:
             record = run.advance()
             loss = record["loss"]
-            if run.step % config.log_every == 0 or run.step == config.steps:
+            if run.save_error:
+                record["save_error"], run.save_error = run.save_error, None
+            run.monitor.observe(record, run.model, run.autocast, lambda: bool(stop))
+            if run.step % config.log_every == 0 or run.step == config.steps or "validation_loss" in record:
                 run.log(record)
             on_event(record)
             if run.step % config.save_every == 0 and run.step < config.steps:
-                run.save()
+                run.save_or_note()
         run.save()
-    finished = run.step >= config.steps
+    run.monitor.close()
+    finished, picture = run.step >= config.steps, None
     if finished:
         run.model.save_pretrained(config.output / "model")
-        plot(config.output / "metrics.jsonl", config.output / "loss.png")
+        byte_tokenizer().save_pretrained(config.output / "model")
+        picture = config.output / "loss.png"
+        picture = picture if plot(run.metrics, picture) else None
     parameters = sum(p.numel() for p in run.model.parameters())
     elapsed = time.perf_counter() - started
-    return TrainSummary(run.step, finished, loss, elapsed, parameters, first, tuple(run.skipped))
+    return TrainSummary(run.step, finished, loss, elapsed, parameters, first, tuple(run.skipped), picture)
 
 
 class _Run:
@@ -132,6 +156,10 @@ class _Run:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
+        self.autocast = self.device.type == "cuda" if config.bf16 is None else config.bf16
+        dataset = TokenDataset(config.data)
+        self.sampler = WindowSampler(dataset, config.sequence_length, config.batch_size, config.seed)
+        self.monitor = Monitor(config, dataset)
         torch.manual_seed(config.seed)
         self.model = LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
         torch.nn.Module.to(self.model, self.device)
@@ -145,11 +173,9 @@ class _Run:
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
-        self.sampler = WindowSampler(
-            TokenDataset(config.data), config.sequence_length, config.batch_size, config.seed
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self.step, self.skipped = 0, []
+        self.save_error: str | None = None
         config.output.mkdir(parents=True, exist_ok=True)
         self.metrics = config.output / "metrics.jsonl"
         self.restore()
@@ -161,8 +187,7 @@ class _Run:
         total = 0.0
         for _ in range(config.accumulation):
             ids = self.sampler.next_batch().to(self.device, non_blocking=True)
-            autocast = config.bf16 and self.device.type == "cuda"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = self.forward(input_ids=ids, labels=ids).loss / config.accumulation
             loss.backward()
             total += float(loss.detach())
@@ -211,6 +236,15 @@ class _Run:
         groups: checkpoint.Groups = {"weights": weights, "optimizer": moments, "random": random}
         checkpoint.save(self.config.output / "checkpoints", self.step, groups, state, self.config.keep)
 
+    def save_or_note(self) -> None:
+        """Save; a failure stops the run, or is part of the next record."""
+        try:
+            self.save()
+        except checkpoint.CheckpointWriteError as error:
+            if self.config.on_save_error == "stop":
+                raise
+            self.save_error = str(error)
+
     def restore(self) -> None:
         """Continue from the newest intact checkpoint; drop metrics of steps that will be taken again."""
         folder = self.config.output / "checkpoints"
@@ -223,6 +257,8 @@ class _Run:
             raise ValueError(
                 f"expected an intact checkpoint in {folder}; got only damaged ones: {'; '.join(self.skipped)}"
             )
+        if path is None and self.config.resume not in ("auto", "never"):
+            path = self._elsewhere(Path(self.config.resume))
         if path is None:
             self.metrics.write_text("")
             return
@@ -236,6 +272,14 @@ class _Run:
         if differing:
             raise ValueError(
                 f"{path} belongs to another configuration; differing: {'; '.join(differing)}; use another output folder"
+            )
+        wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        found = {name: tuple(t.shape) for name, t in tensors.get("weights", {}).items()}
+        if wanted != found or not {"optimizer", "random"} <= tensors.keys():
+            names = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
+            raise checkpoint.CheckpointCorrupt(
+                f"{path}: expected weights, optimizer and random state of this model; got groups {sorted(tensors)}, differing "
+                f"weights {names[:5]}"
             )
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -252,6 +296,19 @@ class _Run:
             torch.cuda.set_rng_state(tensors["random"]["cuda"], self.device)
         self.step = int(state["step"])
         _truncate_metrics(self.metrics, self.step)
+
+    def _elsewhere(self, source: Path) -> Path:
+        """The checkpoint that `resume` names: one, or the newest intact one of another run."""
+        if (source / "manifest.json").exists():
+            return source
+        path, skipped = checkpoint.newest(source / "checkpoints")
+        if path is None:
+            raise ValueError(
+                f'resume: expected "auto", "never", the output folder of a run or one of its checkpoints; got {source}, '
+                f"which has no intact checkpoint {'; '.join(skipped)}"
+            )
+        self.skipped += skipped
+        return path
 
 
 def _truncate_metrics(path: Path, step: int) -> None:
@@ -273,9 +330,23 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig) -> None:
-    for name in ("sequence_length", "batch_size", "accumulation", "steps", "save_every", "keep", "log_every"):
+    for name in (
+        "sequence_length",
+        "batch_size",
+        "accumulation",
+        "steps",
+        "save_every",
+        "keep",
+        "log_every",
+        "eval_windows",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected at least 1; got {getattr(config, name)}")
+    for name in ("warmup", "weight_decay", "eval_every", "sample_every"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name}: expected at least 0; got {getattr(config, name)}")
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
@@ -297,23 +368,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def plot(metrics: Path, picture: Path) -> bool:
-    """Draw loss over steps; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return False
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot([r["step"] for r in records], [r["bits_per_byte"] for r in records])
-    axes.set(xlabel="step", ylabel="bits per byte", title="training loss")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
-    return True

@@ -1,4 +1,4 @@
-"""Who sees whom, in integers. No torch here: a pattern can be built, checked and costed without a tensor."""
+"""Dilated patterns: segments and strides, a mixture of branches."""
 
 from __future__ import annotations
 

@@ -1,0 +1,272 @@
+"""Hierarchical attention by gathers and batched products: any device, any dtype, causal or not, linear memory.
+
+Queries are taken a few blocks at a time; what such a group gathers is dropped again and recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longnet.patterns import HierarchicalPattern
+
+# Query tokens per group: bounds the gathered keys of opened blocks.
+GROUP = 256
+
+
+class Far(NamedTuple):
+    """What lies behind the window. k, v begin at token `first_token`, `levels[l]` = (kbar, vbar, mass, entropy) at node
+    `first_node[l]`."""
+
+    k: Tensor
+    v: Tensor
+    levels: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+    first_token: int
+    first_node: tuple[int, ...]
+
+
+class Parameters(NamedTuple):
+    """scale, level_bias (H, levels), router_mix (H,), and per sequence the number of valid tokens or None."""
+
+    scale: float
+    level_bias: Tensor
+    router_mix: Tensor
+    lengths: Tensor | None
+
+
+def attend(
+    q: Tensor,
+    q_local: Tensor,
+    k_local: Tensor,
+    far: Far,
+    pattern: HierarchicalPattern,
+    causal: bool,
+    parameters: Parameters,
+    num_tokens: int,
+    start: int = 0,
+    routes: list | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out (B, n, H, D), lse (B, H, n) of the queries at positions start .. start + n - 1 of a sequence of `num_tokens`.
+
+    q, q_local (B, n, H, D); k_local (B, *, K, D) begins at token far.first_token, like far.k. `routes`, if a list, receives
+    per group (begin, {level: opened (B, n, K, places), -1 where nothing}).
+    """
+    outs, sums, begin = [], [], 0
+    while begin < q.shape[1]:
+        # Groups end at block borders, so that a group is either within a block or whole blocks.
+        position = start + begin
+        into = position % pattern.block
+        whole = max(1, GROUP // pattern.block) * pattern.block
+        left = q.shape[1] - begin
+        size = (
+            min(pattern.block - into, left)
+            if into or left < pattern.block
+            else min(whole, left // pattern.block * pattern.block)
+        )
+        part = slice(begin, begin + size)
+        arguments = (
+            q[:, part],
+            q_local[:, part],
+            k_local,
+            far,
+            pattern,
+            causal,
+            parameters,
+            num_tokens,
+            position,
+            routes,
+        )
+        if torch.is_grad_enabled() and routes is None:
+            out, lse = checkpoint(_group, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
+        else:
+            out, lse = _group(*arguments)
+        outs.append(out)
+        sums.append(lse)
+        begin += size
+    return torch.cat(outs, 1), torch.cat(sums, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds(
+    pattern: HierarchicalPattern, num_tokens: int, causal: bool, first: int, count: int, device: torch.device
+) -> Tensor:
+    return torch.from_numpy(pattern.bounds(num_tokens, causal, first, count)).to(device)
+
+
+def _group(
+    q: Tensor, q_local: Tensor, k_local: Tensor, far: Far, pattern: HierarchicalPattern, causal: bool,
+    parameters: Parameters, num_tokens: int, position: int, routes: list | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, n, heads, width = q.shape
+    key_heads = k_local.shape[2]
+    block = pattern.block
+    first_block, blocks = position // block, -(-n // block)
+    work = torch.promote_types(q.dtype, torch.float32)
+    shape = (batch, blocks, n // blocks, key_heads, heads // key_heads, width)
+    q, q_local = (x.reshape(shape) for x in (q, q_local))
+    state = _Softmax(work)
+    _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_tokens, position)
+    if first_block + blocks > pattern.window_blocks or not causal:
+        bounds = _bounds(pattern, num_tokens, causal, first_block, blocks, q.device)
+        opened, chosen = None, {}
+        for level in range(len(far.levels) - 1, -1, -1):
+            nodes = _candidates(bounds[level], opened, pattern, shape, q.device)
+            if nodes is None:
+                opened = None
+                continue
+            opened = _add_summaries(state, q, nodes, level, far, pattern, parameters, first_block)
+            chosen[level] = opened
+        if opened is not None and pattern.top_k:
+            _add_leaves(state, q, opened, far, pattern, parameters)
+        if routes is not None:
+            flat = {level: x.reshape(batch, n, key_heads, -1) for level, x in chosen.items() if x is not None}
+            routes.append((position, flat))
+    out, lse = state.result()
+    out = out.reshape(batch, n, heads, width)
+    return out, lse.reshape(batch, n, heads).transpose(1, 2)
+
+
+class _Softmax:
+    """Pieces of one softmax: logits (..., items) and their values, joined at the end."""
+
+    def __init__(self, work: torch.dtype) -> None:
+        self.work = work
+        self.pieces: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, values: Tensor, equation: str) -> None:
+        """logits (B, blocks, rows, K, G, items); values such that einsum(equation, p, values) has shape (..., D)."""
+        top = logits.amax(-1, keepdim=True).detach()
+        top = torch.where(top == -torch.inf, 0, top)
+        p = torch.exp(logits - top)
+        total = p.sum(-1)
+        out = torch.einsum(equation, p.to(values.dtype), values).to(self.work)
+        # (log of the piece's mass, its unnormalised mean)
+        self.pieces.append((torch.where(total > 0, torch.log(torch.where(total > 0, total, 1)) + top[..., 0], -torch.inf),
+                            out / torch.where(total > 0, total, 1)[..., None]))  # fmt: skip
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        masses = torch.stack([mass for mass, _ in self.pieces])
+        lse = torch.logsumexp(masses, 0)
+        finite = torch.where(lse == -torch.inf, 0, lse)
+        out = sum(torch.exp(mass - finite)[..., None] * mean for mass, mean in self.pieces)
+        return out, lse  # type: ignore[return-value]
+
+
+def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_tokens, position) -> None:
+    blocks, rows = q_local.shape[1:3]
+    block, window, device = pattern.block, pattern.window_blocks, q_local.device
+    first_block = position // block
+    reach = window if causal else 2 * window - 1
+    block_index = torch.arange(first_block, first_block + blocks, device=device)
+    token = (block_index - window + 1)[:, None] * block + torch.arange(reach * block, device=device)
+    row = position + torch.arange(blocks * rows, device=device).view(blocks, rows)
+    ok = (token >= 0) & (token < num_tokens)
+    at = (token - far.first_token).clamp(0, k_local.shape[1] - 1)
+    keys, values = k_local[:, at], far.v[:, at]  # (B, blocks, items, K, D)
+    visible = (
+        ok[:, None, :] & (token[:, None, :] <= row[..., None])
+        if causal
+        else ok[:, None, :].expand(-1, rows, -1)
+    )
+    visible = visible[None]
+    if parameters.lengths is not None:
+        visible = visible & (token < parameters.lengths[:, None, None])[:, :, None, :]
+        values = torch.where((ok & (token < parameters.lengths[:, None, None]))[..., None, None], values, 0)
+    logits = parameters.scale * torch.einsum("bnrkgd,bnckd->bnrkgc", q_local, keys).to(state.work)
+    logits = logits.masked_fill(~visible[:, :, :, None, None], -torch.inf)
+    state.add(logits, values, "bnrkgc,bnckd->bnrkgd")
+
+
+def _candidates(bounds, opened, pattern, shape, device) -> Tensor | None:
+    """Candidates of a level, ascending, -1 where there is none: (B, blocks, rows, K, C), or None if nobody has any."""
+    batch, _, rows, key_heads = shape[:4]
+    parts = []
+    for lo, hi in ((bounds[0], bounds[1]), (bounds[2], bounds[3])):
+        longest = int((hi - lo).max())
+        if longest > 0:
+            node = lo[:, None] + torch.arange(longest, device=device)
+            node = torch.where(node < hi[:, None], node, -1)
+            parts.append(node[None, :, None, None].expand(batch, -1, rows, key_heads, -1))
+    if opened is not None and opened.shape[-1]:
+        children = opened[..., None] * pattern.radix + torch.arange(pattern.radix, device=device)
+        parts.append(torch.where(opened[..., None] >= 0, children, -1).flatten(-2))
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else _ascending(torch.cat(parts, -1))
+
+
+def _ascending(nodes: Tensor) -> Tensor:
+    """Sorted, with the -1 at the end."""
+    last = torch.iinfo(nodes.dtype).max
+    nodes = torch.where(nodes < 0, last, nodes).sort(-1).values
+    return torch.where(nodes == last, -1, nodes)
+
+
+def _rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, M, K, ...) at index (B, blocks, rows, K, C) along M: (B, blocks, rows, K, C, ...)."""
+    batch, _, key_heads = x.shape[:3]
+    b = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1)
+    kh = torch.arange(key_heads, device=x.device).view(1, 1, 1, -1, 1)
+    return x[b, index, kh]
+
+
+def _add_summaries(state, q, nodes, level, far, pattern, parameters, first_block) -> Tensor | None:
+    """Score the candidates, open the best, attend to the others. Returns the opened ones, ascending, -1 filled."""
+    kbar, vbar, mass, entropy = far.levels[level]
+    size = kbar.shape[1]
+    at = nodes - far.first_node[level]
+    ok = (nodes >= 0) & (at < size)
+    at = at.clamp(0, size - 1)
+    ok = ok & (_rows_of(mass, at) > -torch.inf)
+    bias = parameters.level_bias[:, level].view(1, 1, 1, *q.shape[3:5], 1)
+    logits = parameters.scale * torch.einsum("bnrkgd,bnrkcd->bnrkgc", q, _rows_of(kbar, at)).to(state.work)
+    logits = logits + _rows_of(entropy, at)[..., None, :] + bias
+    logits = logits.masked_fill(~ok[..., None, :], -torch.inf)
+    opened, unopened = None, ok
+    count = min(pattern.opened(level), nodes.shape[-1])
+    if count:
+        with torch.no_grad():
+            some = ok.any(-1)[..., None, None]
+            score = torch.softmax(torch.where(some, logits, 0), -1).mean(-2)
+            block = torch.arange(first_block, first_block + q.shape[1]).tolist()
+            least = torch.tensor([pattern.first_openable(i, level) for i in block], device=q.device)
+            score = torch.where(ok & (nodes >= least[None, :, None, None, None]), score, -1)
+            best = score.sort(stable=True, dim=-1, descending=True)
+            places = best.indices[..., :count]
+            taken = best.values[..., :count] >= 0
+            unopened = ok.scatter(-1, places, ok.gather(-1, places) & ~taken)
+            opened = _ascending(torch.where(taken, nodes.gather(-1, places), -1))
+    state.add(
+        logits.masked_fill(~unopened[..., None, :], -torch.inf), _rows_of(vbar, at), "bnrkgc,bnrkcd->bnrkgd"
+    )
+    return opened
+
+
+def _add_leaves(state, q, opened, far, pattern, parameters) -> None:
+    """Opened leaves: weight (1 - beta) lse + beta sbar, value the softmax mean of the leaf's tokens."""
+    kbar, _, _, entropy = far.levels[0]
+    ok = opened >= 0
+    leaf = (opened - far.first_node[0]).clamp(0, kbar.shape[1] - 1)
+    token = opened[..., None] * pattern.block + torch.arange(pattern.block, device=q.device)
+    at = (token - far.first_token).clamp(0, far.k.shape[1] - 1)
+    valid = ok[..., None] & (token - far.first_token < far.k.shape[1])
+    if parameters.lengths is not None:
+        valid = valid & (token < parameters.lengths.view(-1, 1, 1, 1, 1, 1))
+    keys, values = (_rows_of(x, at.flatten(-2)).unflatten(-2, at.shape[-2:]) for x in (far.k, far.v))
+    values = torch.where(valid[..., None], values, 0)
+    x = parameters.scale * torch.einsum("bnrkgd,bnrktcd->bnrkgtc", q, keys).to(state.work)
+    # An absent leaf gets logits of 0 here and a weight of -inf below.
+    x = x.masked_fill(~(valid | ~ok[..., None])[..., None, :, :], -torch.inf)
+    bias = parameters.level_bias[:, 0].view(1, 1, 1, *q.shape[3:5], 1)
+    beta = parameters.router_mix.to(state.work).view(1, 1, 1, *q.shape[3:5], 1)
+    routed = parameters.scale * torch.einsum("bnrkgd,bnrktd->bnrkgt", q, _rows_of(kbar, leaf)).to(state.work)
+    routed = routed + _rows_of(entropy, leaf)[..., None, :] + bias
+    weight = (1 - beta) * torch.logsumexp(x, -1) + beta * routed
+    weight = weight.masked_fill(~ok[..., None, :], -torch.inf)
+    means = torch.einsum("bnrkgtc,bnrktcd->bnrkgtd", torch.softmax(x, -1).to(values.dtype), values)
+    state.add(weight, means, "bnrkgt,bnrkgtd->bnrkgd")

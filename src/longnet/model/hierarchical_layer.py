@@ -1,0 +1,89 @@
+"""Hierarchical attention as a layer: its parameters, the convolution on keys, and its part of a streaming cache."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longnet.attention.hierarchical import HierarchicalImpl, hierarchical_attention
+from longnet.attention.hierarchical_cached import Step
+from longnet.attention.hierarchical_torch import Parameters
+from longnet.model.layers import LongNetRMSNorm, apply_rotary
+
+if TYPE_CHECKING:
+    from longnet.model.cache import LongNetCache
+    from longnet.model.config import LongNetConfig
+
+
+class LongNetHierarchicalAttention(nn.Module):
+    """Grouped-query hierarchical attention: (B, N, hidden) -> (B, N, hidden).
+
+    Keys pass a short causal depthwise convolution, added to them, before the norm: k_t + sum_j c_j k_{t-j}. Rotary turns act
+    inside the window only. Parameters of the attention itself, per key head or head: the prior query that pools (0: the
+    mean), a bias per level (0), and beta, how far an opened block's mass is the router's score (1; clamped to [0, 1]).
+    """
+
+    def __init__(self, config: LongNetConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.pattern = config.hierarchical_pattern()
+        self.causal = not config.bidirectional
+        self.impl: HierarchicalImpl | None = "reference" if config.attention_impl == "reference" else None
+        width = (self.heads + 2 * self.key_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj.writes_residual = True  # pyrefly: ignore
+        self.q_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.prior_query = nn.Parameter(torch.zeros(self.key_heads, self.head_dim))
+        self.level_bias = nn.Parameter(torch.zeros(self.heads, self.pattern.most_levels()))
+        self.router_mix = nn.Parameter(torch.ones(self.heads))
+        self.key_conv = nn.Parameter(torch.zeros(self.key_heads, self.head_dim, config.key_conv))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lengths: Tensor | None = None,
+        cache: LongNetCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        if start:
+            raise ValueError(
+                f"expected start = 0: a hierarchical layer reads a text from its beginning; got {start}"
+            )
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
+        tail = None if cache is None else cache.key_tail(self.layer_index, k, self.key_conv.shape[2], lengths)
+        q, k = self.q_norm(q), self.k_norm(self._convolve(k, tail))
+        mix = self.router_mix.clamp(0, 1)
+        if cache is not None:
+            q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
+            work = torch.promote_types(v.dtype, torch.float32)
+            parameters = Parameters(
+                1 / math.sqrt(self.head_dim), self.level_bias.to(work), mix.to(work), None
+            )
+            step = Step(q, q_local, k, k_local, v)
+            out = cache.attend_hierarchical(self.layer_index, step, parameters, self.prior_query, lengths)
+        else:
+            out = hierarchical_attention(
+                q, k, v, self.pattern, causal=self.causal, prior_query=self.prior_query, level_bias=self.level_bias,
+                router_mix=mix, rotary=rotary, lengths=lengths, impl=self.impl,
+            ).out  # fmt: skip
+        return self.o_proj(out.flatten(2))
+
+    def _convolve(self, k: Tensor, tail: Tensor | None) -> Tensor:
+        """k (B, N, K, D) plus its causal depthwise convolution; `tail` (B, width - 1, K, D): the raw keys before it."""
+        width = self.key_conv.shape[2]
+        if not width:
+            return k
+        before = k.new_zeros(k.shape[0], width - 1, *k.shape[2:]) if tail is None else tail
+        raw = torch.cat((before, k), 1).flatten(2).transpose(1, 2)
+        weight = self.key_conv.to(k.dtype).flatten(0, 1)[:, None]
+        return k + F.conv1d(raw, weight, groups=raw.shape[1]).transpose(1, 2).unflatten(2, k.shape[2:])

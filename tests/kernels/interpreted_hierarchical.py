@@ -1,0 +1,65 @@
+"""Run by test_hierarchical_kernels.py in a process of its own: Triton decides at import whether it interprets."""
+
+import sys
+
+import torch
+
+from longnet import HierarchicalPattern
+from longnet.attention import hierarchical_fused
+from longnet.attention.hierarchical_reference import hierarchical_attention_reference
+from longnet.attention.pyramid import build_pyramid
+
+CASES = {
+    # block 16 is the least that a tile may be; pattern, tokens, heads, key heads, width, beta
+    "summaries": (HierarchicalPattern(16, 4, 2, 1, None, 0), 117, 2, 2, 16, 1.0),
+    "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 4, 2, 24, 0.3),
+    "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 175, 2, 1, 16, 0.0),
+    "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 167, 3, 1, 16, 1.0),
+    "short": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 1, 2, 1, 16, 1.0),
+}
+
+
+def main(name: str) -> None:
+    pattern, tokens, heads, key_heads, width, beta = CASES[name]
+    torch.manual_seed(0)
+    shapes = [
+        (1, tokens, heads, width),
+        *[(1, tokens, key_heads, width)] * 2,
+        (1, tokens, heads, width),
+        (1, tokens, key_heads, width),
+    ]
+    tensors = [torch.randn(s, dtype=torch.float32) for s in shapes]
+    prior = torch.randn(key_heads, width) / 2
+    bias, mix = 0.3 * torch.randn(heads, pattern.num_levels(tokens)), torch.full((heads,), beta)
+    scale = width**-0.5
+
+    def run(exact: bool):
+        inputs = [(x.double() if exact else x.clone()).requires_grad_() for x in (*tensors, prior, bias, mix)]
+        q, k, v, q_local, k_local, p, level_bias, router_mix = inputs
+        if exact:
+            out, lse = hierarchical_attention_reference(
+                q, k, v, q_local, k_local, pattern, True, scale, p, level_bias, router_mix
+            )
+        else:
+            sizes = pattern.node_counts(tokens)
+            pyramid = build_pyramid(k, v, p, scale, pattern.block, pattern.radix, sizes)
+            out, lse = hierarchical_fused.attend(
+                q, k, v, q_local, k_local, pyramid, pattern, scale, level_bias, router_mix
+            )
+        g = torch.Generator().manual_seed(1)
+        dout, dlse = (torch.randn(x.shape, generator=g).to(x.dtype) for x in (out, lse))
+        loss = (out * dout).sum() + (lse * dlse).sum()
+        found = torch.autograd.grad(loss, inputs, allow_unused=True)
+        return [
+            out,
+            lse,
+            *(torch.zeros_like(x) if y is None else y for x, y in zip(inputs, found, strict=True)),
+        ]
+
+    names = ("out", "lse", "dq", "dk", "dv", "dq_local", "dk_local", "dprior", "dbias", "dmix")
+    for label, a, b in zip(names, run(False), run(True), strict=True):
+        error = (a.double() - b).abs().max() / b.abs().max().clamp(min=1)
+        assert error < 2e-5, f"{name}: {label} is off by {error:.1e}"
+
+
+main(sys.argv[1])

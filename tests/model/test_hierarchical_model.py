@@ -1,0 +1,159 @@
+"""Models with hierarchical layers: train, stream exactly, keep bounded memory, survive on disk."""
+
+import pytest
+import torch
+
+from longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, LongNetModel
+from longnet.generate import generate
+
+TREE = {"block": 4, "radix": 3, "window_blocks": 2, "guard": 1, "top_k": 2, "beam": 3}
+BOUNDED = TREE | {"retention": [24, 12]}
+
+
+def model(tree=TREE, attention="hierarchical", dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        attention=attention, hierarchical=tree, segment_lengths=[8, 32], dilation_rates=[1, 4], initializer_range=0.3, **changes,
+    )  # fmt: skip
+    network = LongNetForCausalLM(config).to(dtype)
+    with torch.no_grad():  # parameters at their neutral start would hide mistakes
+        for name, weight in network.named_parameters():
+            if name.endswith(("prior_query", "level_bias", "key_conv")):
+                weight.normal_(0, 0.3)
+            if name.endswith("router_mix"):
+                weight.uniform_(0.2, 0.9)
+    return network.eval()
+
+
+def tokens(batch, n, seed=0):
+    return torch.randint(4, 260, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("attention", ["hierarchical", ["hierarchical", "dilated"]])
+@pytest.mark.parametrize("tree", [TREE, BOUNDED, TREE | {"levels": 2}])
+@pytest.mark.parametrize("chunks", [(1,) * 60, (130,), (3, 1, 40, 1, 25, 60), (8, 4, 4, 12, 36, 1, 1, 64)])
+def test_a_stream_equals_the_parallel_pass(chunks, tree, attention):
+    network = model(tree, attention)
+    ids = tokens(1, sum(chunks))
+    with torch.no_grad():
+        whole = network(ids).logits
+        cache, begin = LongNetCache(network.config, 1, dtype=torch.float64), 0
+        for n in chunks:
+            part = network(ids[:, begin : begin + n], past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(part, whole[:, begin : begin + n], atol=1e-9, rtol=0)
+            begin += n
+
+
+def test_bounded_memory_stays_flat():
+    network = model(BOUNDED)
+    cache, sizes = LongNetCache(network.config, 1, dtype=torch.float64), []
+    ids = tokens(1, 3000)
+    with torch.no_grad():
+        for begin in range(0, 3000, 50):
+            network(ids[:, begin : begin + 50], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            sizes.append(cache.nbytes())
+    # Full buffers by 500 tokens; after that only a level that did not exist before adds its first few nodes.
+    assert sizes[-1] <= 1.15 * sizes[10]
+    rows, nodes = network.config.hierarchical_pattern().cache_entries(3000)
+    state = cache.layers[0].states[0]
+    assert len(state.tokens[0]) == rows
+    assert sum(len(level[0]) for level in state.levels) == nodes
+
+
+def test_sequences_at_different_positions_and_beams():
+    network = model()
+    ids = tokens(2, 70)
+    with torch.no_grad():
+        cache = LongNetCache(network.config, 2, dtype=torch.float64)
+        network(ids, past_key_values=cache, use_cache=True, lengths=torch.tensor([70, 33]))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        step = tokens(2, 1, seed=1)
+        out = network(step, past_key_values=cache, use_cache=True).logits
+        for b, (source, n) in enumerate(((1, 33), (0, 70))):
+            alone = network(torch.cat((ids[source : source + 1, :n], step[b : b + 1]), 1)).logits
+            torch.testing.assert_close(out[b, -1], alone[0, -1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("tree", [TREE, BOUNDED])
+def test_a_snapshot_continues_bit_for_bit(tmp_path, tree):
+    network = model(tree, dtype=torch.float32)
+    ids = tokens(1, 90)
+    with torch.no_grad():
+        cache = LongNetCache(network.config, 1)
+        network(ids[:, :77], past_key_values=cache, use_cache=True)
+        cache.save(tmp_path / "cache.safetensors")
+        again = LongNetCache.load(tmp_path / "cache.safetensors", network.config)
+        ends = [network(ids[:, 77:], past_key_values=c, use_cache=True).logits for c in (cache, again)]
+    assert torch.equal(*ends)
+    with pytest.raises(ValueError, match="configuration"):
+        LongNetCache.load(tmp_path / "cache.safetensors", model(TREE | {"top_k": 1}).config)
+
+
+def test_generation_matches_the_parallel_pass():
+    network = model()
+    ids = tokens(1, 50)
+    out = generate(network, ids, max_new_tokens=12, temperature=0, eos_token_id=None).ids[0]
+    for token in out:
+        assert token == network(ids).logits[0, -1].argmax()
+        ids = torch.cat((ids, torch.tensor([[token]])), 1)
+    again = network.generate(tokens(1, 50), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert again[0, 50:].tolist() == out
+
+
+def test_it_learns_and_every_parameter_gets_a_gradient():
+    network = model(dtype=torch.float32).train()
+    network.gradient_checkpointing_enable()
+    ids = tokens(1, 20).repeat(2, 6)
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
+    losses = []
+    for _ in range(25):
+        loss = network(ids, labels=ids).loss
+        loss.backward()
+        if not losses:
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_it_is_saved_and_loaded_whole(tmp_path):
+    network = model(dtype=torch.float32)
+    network.save_pretrained(tmp_path)
+    again = LongNetForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(network(tokens(1, 60)).logits, again(tokens(1, 60)).logits)
+    assert sum(p.numel() for p in again.parameters()) == again.config.num_parameters()
+
+
+def test_an_encoder_sees_both_directions():
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, attention="hierarchical",
+        hierarchical=TREE, bidirectional=True, key_conv=0,
+    )  # fmt: skip
+    network = LongNetModel(config).double().eval()
+    ids = tokens(2, 90)
+    both = network(ids, lengths=torch.tensor([90, 40])).last_hidden_state
+    alone = network(ids[1:, :40]).last_hidden_state
+    torch.testing.assert_close(both[1, :40], alone[0], atol=1e-10, rtol=0)
+    changed = ids.clone()
+    changed[0, -1] = 5 if ids[0, -1] != 5 else 6
+    assert (
+        network(changed).last_hidden_state[0, 0] - network(ids).last_hidden_state[0, 0]
+    ).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention": "sparse"}, "attention"),
+        ({"attention": ["dilated"]}, "list of 2"),
+        ({"key_conv": 100}, "key_conv"),
+        ({"hierarchical": {"blok": 3}}, "HierarchicalPattern"),
+        ({"hierarchical": {"block": 0}}, "block"),
+    ],
+)
+def test_refusals_name_the_field(change, words):
+    with pytest.raises(ValueError, match=words):
+        LongNetConfig(num_hidden_layers=2, **change)
