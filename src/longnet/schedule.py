@@ -39,7 +39,9 @@ class Shards:
     def even(cls, num_tokens: int, ranks: int, start: int = 0) -> Shards:
         """Contiguous shards whose lengths differ by at most one; the first are the longer ones."""
         if ranks < 1 or num_tokens < 1:
-            raise ValueError(f"expected at least one rank and one token; got {ranks} ranks, {num_tokens} tokens")
+            raise ValueError(
+                f"expected at least one rank and one token; got {ranks} ranks, {num_tokens} tokens"
+            )
         length, longer = divmod(num_tokens, ranks)
         return cls(tuple(start + i * length + min(i, longer) for i in range(ranks + 1)))
 
@@ -214,7 +216,12 @@ class Work(NamedTuple):
 
 
 def work(
-    pattern: DilatedPattern, num_heads: int, num_key_heads: int, shards: Shards, rank: int, causal: bool = True
+    pattern: DilatedPattern,
+    num_heads: int,
+    num_key_heads: int,
+    shards: Shards,
+    rank: int,
+    causal: bool = True,
 ) -> Work:
     """Pairs within the shard, and pairs with rows of other ranks. Over all ranks they add up to the pattern's pairs."""
     begin, end = shards.span(rank)

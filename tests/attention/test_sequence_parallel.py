@@ -4,10 +4,10 @@ import random
 from datetime import timedelta
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 
+import ranks
 from longnet import DilatedPattern, dilated_attention
 from longnet.attention import sequence_parallel
 from longnet.attention.reference import dilated_attention_reference
@@ -91,7 +91,9 @@ def equality():
 def low_precision(parallel):
     """bf16 against the oracle, in units of the error of one device in bf16."""
     shards = Shards.even(120, parallel.shards.ranks)
-    return compare(parallel.with_shards(shards), DilatedPattern((8, 120), (1, 3)), 0, 120, 2, True, 1, torch.bfloat16)
+    return compare(
+        parallel.with_shards(shards), DilatedPattern((8, 120), (1, 3)), 0, 120, 2, True, 1, torch.bfloat16
+    )
 
 
 def constant_traffic(rank, world):
@@ -168,5 +170,3 @@ def test_a_window_of_one_segment_length_that_begins_inside_a_segment():
         grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
     for a, b in zip(*grads, strict=True):
         assert (a - b).abs().max() < 1e-12
-
-

@@ -15,10 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 
+import ranks
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import TrainConfig, checkpoint, train
 from longnet.train.data import TokenDataset, WindowSampler, prepare
@@ -175,7 +175,9 @@ def test_preflight_lists_versions_dtypes_and_missing_ranks():
     errors = check([report, {**report, "torch": "2.11", "dtype": "float16"}, report])
     assert len({str(e) for e in errors}) == 1
     assert isinstance(errors[0], RanksDisagree)
-    assert re.search(r'dtype: "bfloat16" on rank 0, 2; "float16" on rank 1.*torch: "2.13" on rank 0, 2', str(errors[0]))
+    assert re.search(
+        r'dtype: "bfloat16" on rank 0, 2; "float16" on rank 1.*torch: "2.13" on rank 0, 2', str(errors[0])
+    )
     assert "rank 1 of 2" in str(check([report, None], 0.2)[0])
 
 
@@ -222,12 +224,13 @@ def test_one_broken_loss_stops_all_ranks_before_the_optimizer(config, tmp_path):
 
 @pytest.mark.parametrize("fault", ["kill", "raise", "sleep"])
 def test_a_rank_that_dies_or_hangs_takes_the_others_with_it_and_a_restart_goes_on(config, tmp_path, fault):
-    config = dataclasses.replace(config, sequence_parallel=3, timeout=5.0 if fault == "sleep" else 20.0)
-    answers = ranks.run(faulty, 3, tmp_path / "ranks", config, fault, limit=35)
+    config = dataclasses.replace(config, sequence_parallel=3, timeout=4.0 if fault == "sleep" else 20.0)
+    answers = ranks.run(faulty, 3, tmp_path / "ranks", config, fault, limit=config.timeout + 10)
     for rank in (0, 2):
         assert answers[rank]["code"] == 1
-        assert answers[rank]["seconds"] < config.timeout + 10 + 10  # 10 for the start and the steps before
-    assert answers[1].get("killed") == -signal.SIGKILL if fault == "kill" else True
+        assert answers[rank]["seconds"] < config.timeout + 10
+    if fault == "kill":
+        assert answers[1]["killed"] == -signal.SIGKILL
     assert answers[1].get("hung", False) == (fault == "sleep")
     assert checkpoint.newest(config.output / "checkpoints")[0].name == "step-00000004"
     if fault == "kill":
@@ -259,7 +262,13 @@ def test_torchrun_restarts_twice_and_resumes_with_the_same_losses(config, tmp_pa
     ranks.results(ranks.run(resume, 2, tmp_path / "ranks", steady, 8))
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
-    options = {"data": config.data, "output": config.output, "sequence-length": 61, "batch-size": 12, "steps": 8}
+    options = {
+        "data": config.data,
+        "output": config.output,
+        "sequence-length": 61,
+        "batch-size": 12,
+        "steps": 8,
+    }
     options |= {"warmup": 2, "learning-rate": 1e-2, "save-every": 2, "device": "cpu", "timeout": 60}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "2", "--monitor-interval", "0.1", str(script), "train"]

@@ -28,7 +28,6 @@ from longnet.attention.dilated import AttentionOutput, _check
 from longnet.patterns import DilatedPattern
 from longnet.schedule import Exchange, RankPlan, Shards, exchanges, rank_plan
 
-
 # torch 2.13 renames both and warns about the names that 2.11 knows.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -229,9 +228,7 @@ def _index(exchange: Exchange, rank: int, start: int, device: str) -> _Index:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pattern, parallel, causal, scale):
-        plan = _plan(
-            pattern, q.shape[2], k.shape[2], parallel.shards, parallel.rank, causal, str(q.device)
-        )
+        plan = _plan(pattern, q.shape[2], k.shape[2], parallel.shards, parallel.rank, causal, str(q.device))
         made = parallel.groups(pattern, q.shape[2], k.shape[2])
         groups = [made[e.members] for e in plan.exchanges]
         # All gathers are under way while the rank attends within its shard.
@@ -239,11 +236,12 @@ class _Attention(torch.autograd.Function):
         out, lse = _local_forward(q, k, v, pattern, causal, scale, parallel.start)
         in_place = fused_steps(out)
         total = out if in_place else out.to(lse.dtype, memory_format=torch.contiguous_format, copy=True)
-        buffers = []
+        buffers: list[Tensor | None] = []
         for index, runs, flight in zip(plan.indices, plan.runs, flights, strict=True):
             if runs:
-                buffers.append(_wait(flight)[index.gathered])
-                _add_remote(q, buffers[-1], index, runs, total, lse, scale)
+                buffer = _wait(flight)[index.gathered]
+                buffers.append(buffer)
+                _add_remote(q, buffer, index, runs, total, lse, scale)
             else:
                 _wait(flight)
                 buffers.append(None)
@@ -255,7 +253,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse):  # pyrefly: ignore
         pattern, parallel, causal, scale, plan, groups = ctx.spec
         q, k, v, out, lse, *buffers = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
@@ -270,14 +268,10 @@ class _Attention(torch.autograd.Function):
             if runs:
                 _remote_backward(wide, lse, dlse is not None, buffer, dbuffer, index, runs, dq_remote, scale)
             flights.append(_scatter(dbuffer[index.assembled], group))
-        dq, dk, dv = _local_backward(
-            dout, dlse, q, k, v, out, lse, pattern, causal, scale, parallel.start
-        )
+        dq, dk, dv = _local_backward(dout, dlse, q, k, v, out, lse, pattern, causal, scale, parallel.start)
         dq = dq_remote.add_(dq).to(q.dtype) if plan.exchanges else dq
         if flights:
-            received = torch.cat(
-                [_wait(x)[: i.sent] for i, x in zip(plan.indices, flights, strict=True)]
-            )
+            received = torch.cat([_wait(x)[: i.sent] for i, x in zip(plan.indices, flights, strict=True)])
             _add_received(plan, received, dk, dv)
         return dq, dk, dv, None, None, None, None
 
@@ -287,9 +281,7 @@ def _local_forward(q, k, v, pattern, causal, scale, start):
         out, lse = strided.forward(q, k, v, None, pattern, causal, scale, start)
         return out, lse.contiguous()
     statistics = torch.promote_types(q.dtype, torch.float32)
-    return torch.zeros_like(q), torch.zeros(
-        q.shape[0], q.shape[2], 0, dtype=statistics, device=q.device
-    )
+    return torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], 0, dtype=statistics, device=q.device)
 
 
 def _local_backward(dout, dlse, q, k, v, out, lse, pattern, causal, scale, start):

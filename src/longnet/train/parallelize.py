@@ -10,14 +10,14 @@ import json
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -69,9 +69,7 @@ def connect(fields: dict[str, Any], device: torch.device, timeout: timedelta) ->
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-def preflight(
-    store: dist.Store, rank: int, world: int, fields: dict[str, Any], timeout: timedelta
-) -> None:
+def preflight(store: dist.Store, rank: int, world: int, fields: dict[str, Any], timeout: timedelta) -> None:
     """Compare `fields` (anything JSON) of all ranks through the store; 3 store operations a rank, no collective.
 
     Raises:
@@ -145,9 +143,7 @@ class Parallel:
     ) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         replicas = check_layout(self.world, sequence_parallel, sequence_length, batch_size)
-        self.mesh = init_device_mesh(
-            device.type, (replicas, sequence_parallel), mesh_dim_names=("dp", "sp")
-        )
+        self.mesh = init_device_mesh(device.type, (replicas, sequence_parallel), mesh_dim_names=("dp", "sp"))
         # The same ranks as one dimension, for FSDP: gradients are summed over sp as well as over dp.
         self.flat = init_device_mesh(device.type, (self.world,), mesh_dim_names=("dp_sp",))
         shards = Shards.even(sequence_length, sequence_parallel)
@@ -157,7 +153,7 @@ class Parallel:
         self.rows = slice(replica * rows, (replica + 1) * rows)
         self.last = self.sequence.rank == sequence_parallel - 1
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: Any) -> None:
         """Shard the parameters over all ranks and let attention work across the ranks of a sequence. In place."""
         if self.sequence.shards.ranks > 1:
             for layer in model.model.layers:
@@ -235,7 +231,7 @@ class Parallel:
         dist.broadcast(text, 0)
         return json.loads(bytes(text.cpu().tolist()))
 
-    def distribute(self, tensors: Groups | None, like: dict[tuple[str, str], Tensor]) -> Groups:
+    def distribute(self, tensors: Groups | None, like: Mapping[tuple[str, str], Tensor]) -> Groups:
         """The leader's tensors on every rank, one at a time; those named in `like` sharded as it is. Bits are kept."""
         layout = self._json(
             [

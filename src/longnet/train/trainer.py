@@ -217,7 +217,7 @@ class _Run:
         if self.parallel is not None:
             # Every rank learns of a broken loss or a signal in the same step, before the optimizer.
             total, self._asked_to_stop, broken = self.parallel.agree(total, bool(self.signals))
-            gradient = gradient.full_tensor()
+            gradient = gradient.full_tensor()  # pyrefly: ignore - a DTensor
             broken = f" (of rank {broken})" if broken else ""
         norm = float(gradient)
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -433,7 +433,12 @@ def _preflight(config: TrainConfig) -> dict[str, Any]:
     free = {"sequence_parallel": config.sequence_parallel, "save_every": config.save_every}
     names = ("accumulation", "log_every", "resume", "on_save_error")
     free |= {name: getattr(config, name) for name in names}
-    fields = {**_identity(config), **free, "data": sources, "model": json.loads(json.dumps(model, default=str))}
+    fields = {
+        **_identity(config),
+        **free,
+        "data": sources,
+        "model": json.loads(json.dumps(model, default=str)),
+    }
     fields["dtype"] = "bfloat16" if config.bf16 else str(config.bf16)
     fields.pop("device", None)
     return fields
