@@ -85,7 +85,9 @@ def compare(ours: Any, theirs: Any, x: torch.Tensor, coords: torch.Tensor) -> fl
     """Relative distance of the two slide embeddings."""
     mine, other = ours(x, coords).float(), theirs(x, coords)[0].float()
     distance = float((mine - other).norm() / other.norm())
-    if not distance < 3e-2:
+    # Twelve layers of rounding at either side.
+    allowed = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}[x.dtype]
+    if not distance < allowed:
         raise SystemExit(f"expected equal slide embeddings; relative distance {distance:.3g}")
     return distance
 
@@ -110,7 +112,9 @@ def main() -> None:
         record: dict[str, Any] = {"tiles": tiles, "dtype": str(arguments.dtype).removeprefix("torch.")}
         if theirs is not None:
             record["relative_distance"] = compare(ours, theirs, x, coords)
-            record["torchscale"] = measure(lambda x=x, c=coords: theirs(x, c), arguments.device, arguments.repeats)
+            record["torchscale"] = measure(
+                lambda x=x, c=coords: theirs(x, c), arguments.device, arguments.repeats
+            )
         record["longnet"] = measure(lambda x=x, c=coords: ours(x, c), arguments.device, arguments.repeats)
         if theirs is not None:
             record["speedup"] = record["torchscale"]["ms"] / record["longnet"]["ms"]

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from peers import _plain, _torch_flash
 
 
@@ -67,10 +68,11 @@ def longnet(causal: bool, device: str = "cpu", **options: Any) -> Any:
 def gigapath(device: str = "cpu", **options: Any) -> Any:
     """Prov-GigaPath's LongNetViT with random weights, over torchscale's components."""
     _prepare()
-    import gigapath
     import numpy
     import torchscale.architecture.config
     import torchscale.model
+
+    import gigapath
 
     # It evaluates the printed form of a list of numpy integers, which names numpy since version 2.
     torchscale.architecture.config.np = numpy

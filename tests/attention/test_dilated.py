@@ -180,3 +180,9 @@ def bad(**changes):
 def test_bad_arguments_are_refused_with_the_reason(changes, message):
     with pytest.raises(ValueError, match=message):
         bad(**changes)
+
+
+@pytest.mark.parametrize("start", [3, 13, 20])
+def test_a_window_as_long_as_a_segment_that_begins_within_one(start):
+    """Two partial segments, whose periods add up to the window, do not fill it at once: unwritten gradients were read."""
+    check(random_inputs(1, 16, 4, 4, 8), PATTERNS["geometric"], start=start)

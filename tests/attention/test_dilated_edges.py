@@ -44,7 +44,7 @@ def check(q, k, v, dout, pattern, **options):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "key_heads"), [(12, 4), (7, 7), (8, 1), (3, 1), (5, 5)])
+@pytest.mark.parametrize(("heads", "key_heads"), [(12, 4), (7, 7), (3, 1)])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 11, 15, 16, 17, 127, 255, 256, 257, 307])
 def test_the_papers_pattern_at_every_border(tokens, heads, key_heads, causal):
     check(*random_inputs(1, tokens, heads, key_heads), PAPER, causal=causal)
@@ -177,10 +177,10 @@ def test_fifty_repeats_are_bit_equal_in_deterministic_mode():
     "pattern", [DilatedPattern((4, 10), (1, 3)), DilatedPattern((3, 8), (1, 2), "block")]
 )
 @pytest.mark.parametrize(
-    "options", [{"start": 5}, {"lengths": torch.tensor([9, 4])}, {"causal": False}], ids=str
+    "options", [{"start": 5}, {"lengths": torch.tensor([7, 4])}, {"causal": False}], ids=str
 )
 def test_gradcheck_through_out_and_lse(impl, pattern, options):
-    q, k, v, _ = random_inputs(2, 9, 4, 2, 3, torch.float64)
+    q, k, v, _ = random_inputs(2, 7, 2, 1, 2, torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def attend(q, k, v):
@@ -192,7 +192,7 @@ def test_gradcheck_through_out_and_lse(impl, pattern, options):
 
 @pytest.mark.parametrize("impl", ["strided", "reference"])
 def test_gradcheck_of_queries_that_start_later(impl):
-    q, k, v, _ = random_inputs(1, 11, 2, 1, 3, torch.float64)
+    q, k, v, _ = random_inputs(1, 11, 2, 1, 2, torch.float64)
     inputs = [x.requires_grad_() for x in (q[:, -4:], k, v)]
     pattern = DilatedPattern((4, 10), (1, 3))
     assert torch.autograd.gradcheck(

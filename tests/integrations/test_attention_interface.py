@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from longnet import DilatedPattern, HierarchicalPattern
-from longnet.attention.reference import multiplicity
-from longnet.integrations import StreamingCache, patch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +11,10 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from longnet import DilatedPattern, HierarchicalPattern
+from longnet.attention.reference import multiplicity
+from longnet.integrations import StreamingCache, patch
 
 PATTERN = DilatedPattern((8, 16, 64), (1, 2, 4))
 DENSE = DilatedPattern((256,), (1,))
@@ -84,7 +85,8 @@ def test_a_row_equals_its_document_alone(model, spans):
     for row, (first, end) in enumerate(spans):
         # Rotary positions are relative: a shifted document is the same document.
         close(
-            actual[row : row + 1, first:end], oracle(model, ids[row : row + 1, first:end].contiguous(), PATTERN)
+            actual[row : row + 1, first:end],
+            oracle(model, ids[row : row + 1, first:end].contiguous(), PATTERN),
         )
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from longnet.integrations.gigapath import (
     GigaPathSlideEncoder,
     gigapath_segment_lengths,
@@ -120,7 +121,9 @@ def test_equals_the_published_code(n, global_pool):
         tiles, coords = slide(n)
         torch.testing.assert_close(ours(tiles, coords), theirs(tiles, coords)[0], atol=2e-5, rtol=2e-5)
         pairs = zip(
-            ours(tiles, coords, all_layer_embed=True), theirs(tiles, coords, all_layer_embed=True), strict=True
+            ours(tiles, coords, all_layer_embed=True),
+            theirs(tiles, coords, all_layer_embed=True),
+            strict=True,
         )
         for mine, other in pairs:
             torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)

@@ -134,7 +134,7 @@ def test_every_rank_names_each_field_that_differs_from_the_checkpoint(config, tm
 
 def disagreeing(config):
     if os.environ["RANK"] == "1":
-        config = dataclasses.replace(config, sequence_length=53, learning_rate=5e-3)
+        config = dataclasses.replace(config, sequence_length=53, learning_rate=5e-3, batch_size=0)
     try:
         train(config)
     finally:
@@ -147,6 +147,7 @@ def test_ranks_that_disagree_fail_alike_before_the_first_collective(config, tmp_
     (message,) = {a["message"] for a in answers}
     assert "sequence_length: 61 on rank 0; 53 on rank 1" in message
     assert "learning_rate: 0.01 on rank 0; 0.005 on rank 1" in message
+    assert 'problem: "" on rank 0; "batch_size: expected at least 1; got 0" on rank 1' in message
 
 
 def check(reports, seconds=10.0):
@@ -256,6 +257,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_twice_and_resumes_with_the_same_losses(config, tmp_path):
     """The command line under torchrun; two kills, because the second restart is where gloo used to hang for good."""
     steady = dataclasses.replace(config, output=tmp_path / "whole", sequence_parallel=2)

@@ -186,6 +186,21 @@ def test_bf16_autocast_trains_and_resumes_bit_for_bit(config, tmp_path):
     assert {t.dtype for t in groups["weights"].values()} == {torch.float32}
 
 
+def test_options_that_save_memory_or_time_do_not_change_the_run(config, tmp_path, monkeypatch):
+    train(dataclasses.replace(config, output=tmp_path / "plain"))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager", fullgraph=True))
+    same = {
+        "checkpointed": {"gradient_checkpointing": True},
+        "compiled": {"compile": True},
+        "split": {"batch_size": 1, "accumulation": 2},
+    }
+    expected = [r["loss"] for r in records(tmp_path / "plain")]
+    for name, options in same.items():
+        train(dataclasses.replace(config, output=tmp_path / name, **options))
+        assert [r["loss"] for r in records(tmp_path / name)] == pytest.approx(expected, rel=1e-4), name
+
+
 def test_betas_reach_the_optimizer_and_belong_to_the_run(config):
     train(dataclasses.replace(config, betas=(0.8, 0.9)), stop_at(2))
     with pytest.raises(ValueError, match="betas"):
@@ -219,6 +234,32 @@ def test_a_checkpoint_that_cannot_be_written_obeys_the_policy(config, monkeypatc
     ]
 
 
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_records_that_cannot_be_written_obey_the_policy(config, tmp_path, monkeypatch, policy):
+    from longnet.train import trainer
+
+    calls = []
+
+    def full(path, mode="r"):
+        calls.append(path)
+        stream = open(path, mode)  # noqa: SIM115 - handed on, as open does
+        if len(calls) in (3, 4):
+            stream.write('{"step": 3, "lo')
+            stream.close()
+            raise OSError(28, "No space left on device")
+        return stream
+
+    monkeypatch.setattr(trainer, "open", full, raising=False)
+    config = dataclasses.replace(config, on_save_error=policy)
+    if policy == "stop":
+        with pytest.raises(OSError, match="No space"):
+            train(config)
+        assert [r["step"] for r in records(config.output)] == [1, 2]
+        return
+    assert train(config).finished
+    assert [r["step"] for r in records(config.output)] == list(range(1, 9))
+
+
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(checkpoint.CheckpointWriteError, match=str(tmp_path / "file")):
@@ -232,6 +273,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
         ({"steps": 0}, "steps"), ({"betas": (0.9, 1.0)}, "betas"), ({"eval_every": -1}, "eval_every"),
         ({"eval_windows": 0}, "eval_windows"), ({"warmup": -1}, "warmup"), ({"learning_rate": float("nan")}, "learning_rate"),
         ({"eval_every": 1, "sequence_length": 2701}, "held-out"), ({"preset": "huge"}, "preset"),
+        ({"model": {"hiden_size": 32}}, "hiden_size"), ({"device": "abacus"}, "device"), ({"device": "cuda:77"}, "device"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_before_anything_is_written(config, change, name):
@@ -247,3 +289,19 @@ def test_held_out_text_is_needed_only_where_it_is_used(config, tmp_path):
     with pytest.raises(ValueError, match="validation"):
         train(dataclasses.replace(one, eval_every=1, output=tmp_path / "again"))
     assert len(TokenDataset(tmp_path / "one").split("train")) == TokenDataset(tmp_path / "one").meta["tokens"]
+
+
+@pytest.mark.parametrize("chunk", [24, None])
+def test_chunked_steps_are_the_whole_steps(config, tmp_path, chunk):
+    train(dataclasses.replace(config, output=tmp_path / "whole", accumulation=2))
+    options = {"sequence_strategy": "chunked", "chunk_tokens": chunk, "accumulation": 2}
+    train(dataclasses.replace(config, output=tmp_path / "chunked", **options))
+    for whole, chunked in zip(records(tmp_path / "whole"), records(tmp_path / "chunked"), strict=True):
+        assert chunked["loss"] == pytest.approx(whole["loss"], rel=2e-4)
+        assert chunked["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=2e-3)
+
+
+def test_chunked_steps_refuse_hierarchical_layers(config):
+    model = MODEL | {"attention": "hierarchical"}
+    with pytest.raises(ValueError, match="sequence_strategy"):
+        train(dataclasses.replace(config, model=model, sequence_strategy="chunked"))

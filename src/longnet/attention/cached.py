@@ -48,7 +48,7 @@ def prefill_attention(
     the segment that began before `start` (a rectangle: every such row is visible) are joined by their denominators.
     """
     out, lse = dilated_attention(q, k, v, pattern, causal=True, start=start)
-    runs = _rectangles(pattern, q.shape[2], k.shape[2], start, q.shape[1], start)
+    runs = rectangles(pattern, q.shape[2], k.shape[2], start, q.shape[1], start)
     if not runs:
         return AttentionOutput(out, lse)
     if fused_steps(out) and not out.requires_grad:
@@ -56,7 +56,7 @@ def prefill_attention(
     else:
         total = out.to(lse.dtype, memory_format=torch.contiguous_format, copy=True)
         lse = lse.clone(memory_format=torch.contiguous_format)
-    _add_rectangles(q, buffers, runs, total, lse)
+    _addrectangles(q, buffers, runs, total, lse)
     return AttentionOutput(total.to(q.dtype), lse)
 
 
@@ -92,10 +92,10 @@ def decode_attention(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     if position is None:
         return _decode_ragged(q, pattern, buffers, positions, num_key_heads, max_position, work)
-    runs = _rectangles(pattern, num_heads, num_key_heads, position, 1, position + 1)
+    runs = rectangles(pattern, num_heads, num_key_heads, position, 1, position + 1)
     out = torch.zeros(q.shape, dtype=work, device=q.device)
     lse = torch.full((batch, num_heads, 1), -torch.inf, dtype=work, device=q.device)
-    _add_rectangles(q, buffers, runs, out, lse)
+    _addrectangles(q, buffers, runs, out, lse)
     return out.to(q.dtype)
 
 
@@ -110,7 +110,8 @@ def write_rows(
 ) -> None:
     """Keep a chunk k, v (B, n, K, D) that begins at `start` in all sequences; only the first lengths[b] tokens of b.
 
-    Of every branch only the tokens of the segment in which a sequence ends are written. `lengths` is read on the host.
+    Of every branch only the tokens of the segment in which a sequence ends are written, and none if its buffer has no rows.
+    `lengths` is read on the host.
     """
     host = lengths.tolist() if isinstance(lengths, Tensor) else lengths
     if host is None or all(n == k.shape[1] for n in host):
@@ -119,11 +120,13 @@ def write_rows(
     else:
         parts = [slice(b, b + 1) for b in range(k.shape[0])]
     for part, n in zip(parts, host, strict=True):
-        for run in _writes(pattern, num_heads, k.shape[2], start, n):
+        for run in writes(pattern, num_heads, k.shape[2], start, n):
+            if not buffers[run.branch][0].shape[1]:
+                continue  # a branch that is not kept
             for buffer, x in zip(buffers[run.branch], (k, v), strict=True):
                 (key_head, slot, token, row), step = run.first, run.steps
-                source = _view(x[part], run.heads, key_head, step[0], token, step[2], run.tokens, run.rate)
-                _view(buffer[part], run.heads, slot, step[1], row, step[3], run.rows, 1).copy_(source)
+                source = view(x[part], run.heads, key_head, step[0], token, step[2], run.tokens, run.rate)
+                view(buffer[part], run.heads, slot, step[1], row, step[3], run.rows, 1).copy_(source)
 
 
 def write_step(
@@ -163,7 +166,7 @@ def write_step(
 
 
 @functools.lru_cache(maxsize=256)
-def _rectangles(
+def rectangles(
     pattern: DilatedPattern, num_heads: int, num_key_heads: int, start: int, n: int, seen: int
 ) -> tuple[Run, ...]:
     """Queries start .. start+n-1 against rows of the tokens before `seen`, in the segment that holds token `start`."""
@@ -184,7 +187,7 @@ def _rectangles(
 
 
 @functools.lru_cache(maxsize=256)
-def _writes(
+def writes(
     pattern: DilatedPattern, num_heads: int, num_key_heads: int, start: int, n: int
 ) -> tuple[Run, ...]:
     """Copies from a chunk at `start` into the buffers: of every slot the tokens of the segment in which it ends."""
@@ -236,7 +239,7 @@ def _runs(members: list, branch: int, rate: int) -> list[Run]:
     return runs
 
 
-def _view(
+def view(
     x: Tensor, heads: int, head: int, head_step: int, row: int, shift: int, rows: int, rate: int
 ) -> Tensor:
     """(B, heads, rows, D) strided view of x (B, N, heads, D): member j is head + j step, its rows begin at row + j shift."""
@@ -248,16 +251,16 @@ def _view(
     )
 
 
-def _add_rectangles(q: Tensor, buffers: Buffers, runs: Sequence[Run], out: Tensor, lse: Tensor) -> None:
+def _addrectangles(q: Tensor, buffers: Buffers, runs: Sequence[Run], out: Tensor, lse: Tensor) -> None:
     """out (B, n, H, D), lse (B, H, n), contiguous <- their merge with every run's softmax over cached rows, in place."""
     scale = 1 / math.sqrt(q.shape[3])
     statistics = lse.transpose(1, 2)[..., None]
     for run in runs:
         (head, slot, token, _), step = run.first, run.steps
         where = (run.heads, head, step[0], token, step[2], run.tokens, run.rate)
-        keys, values = (_view(x, run.heads, slot, step[1], 0, 0, run.rows, 1) for x in buffers[run.branch])
-        partial, partial_lse = _attend(_view(q, *where), keys, values, scale)
-        total, denominator = _view(out, *where), _view(statistics, *where)[..., 0]
+        keys, values = (view(x, run.heads, slot, step[1], 0, 0, run.rows, 1) for x in buffers[run.branch])
+        partial, partial_lse = _attend(view(q, *where), keys, values, scale)
+        total, denominator = view(out, *where), view(statistics, *where)[..., 0]
         parts = (total, denominator, partial, partial_lse.to(lse.dtype))
         strided.merge_rows(*(x[:, None] for x in parts))
 
@@ -265,7 +268,7 @@ def _add_rectangles(q: Tensor, buffers: Buffers, runs: Sequence[Run], out: Tenso
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every query sees every key: q (B, h, n, D), k, v (B, h, m, D) -> out (B, h, n, D), lse (B, h, n)."""
     if strided.unsupported(q, k, v) is None and q.stride(-1) == k.stride(-1) == 1:
-        out, lse, *_ = strided._attend((q, k, v), False, scale)
+        out, lse, *_ = strided.attend((q, k, v), False, scale)
         return out, lse
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, sums = [], []

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longnet.attention import strided
-from longnet.attention.cached import Run, _runs, _view, fused_steps
+from longnet.attention.cached import Run, _runs, fused_steps, view
 from longnet.attention.dilated import AttentionOutput, _check
 from longnet.patterns import DilatedPattern
 from longnet.schedule import Exchange, RankPlan, Shards, exchanges, rank_plan
@@ -331,12 +331,12 @@ def _sides(buffer: Tensor, index: _Index, run: Run) -> list[Tensor]:
     # Heads that share one slot see the same rows.
     heads = 1 if step[1] == 0 and step[3] == 0 else run.heads
     sides = (part[:, :, i].permute(2, 0, 1, 3) for i in (0, 1))  # (B, rows, slots, D)
-    return [_view(x, heads, slot, step[1], row, step[3], run.rows, 1) for x in sides]
+    return [view(x, heads, slot, step[1], row, step[3], run.rows, 1) for x in sides]
 
 
 def _query_view(x: Tensor, run: Run) -> Tensor:
     (head, _, token, _), step = run.first, run.steps
-    return _view(x, run.heads, head, step[0], token, step[2], run.tokens, run.rate)
+    return view(x, run.heads, head, step[0], token, step[2], run.tokens, run.rate)
 
 
 def _add_remote(
@@ -346,7 +346,7 @@ def _add_remote(
     statistics = lse.transpose(1, 2)[..., None]
     for run in runs:
         keys, values = _sides(buffer, index, run)
-        partial, partial_lse = strided._attend((_query_view(q, run), keys, values), False, scale)
+        partial, partial_lse = strided.attend((_query_view(q, run), keys, values), False, scale)
         parts = (
             _query_view(out, run),
             _query_view(statistics, run)[..., 0],
@@ -377,7 +377,7 @@ def _remote_backward(wide, lse, has_dlse, buffer, dbuffer, index, runs, dq, scal
             values[..., -1] = 1
         views = (*(_query_view(x, run) for x in (dout, q, out)), keys, values)
         local = _query_view(statistics, run)[..., 0].contiguous()
-        grads = strided._attend_backward(views, local, False, scale)
+        grads = strided.attend_backward(views, local, False, scale)
         _query_view(dq, run).add_(grads[0][..., :width])
         for target, grad in zip(_sides(dbuffer, index, run), grads[1:], strict=True):
             grad = grad[..., :width]

@@ -104,7 +104,7 @@ def forward(
     for piece in plan(pattern, num_heads, k.shape[2], k.shape[1], num_queries, start, causal):
         for call in _calls(piece, q, k):
             views = (x.flatten(0, 1) for x in (_queries(q, call), _keys(k, call), _keys(v, call)))
-            partial, partial_lse = _attend((*views,), piece.causal, scale)
+            partial, partial_lse = attend((*views,), piece.causal, scale)
             partial = partial.unflatten(0, (call.sequences, call.segments))
             partial_lse = partial_lse.unflatten(0, (call.sequences, call.segments))
             if out is None or lse is None:
@@ -161,7 +161,7 @@ def backward(
             ]
             statistics = _statistics(lse, call).flatten(0, 1).contiguous()
             flat = tuple(x.flatten(0, 1) for x in views)
-            grads = _attend_backward(flat, statistics, piece.causal, scale)
+            grads = attend_backward(flat, statistics, piece.causal, scale)
             grads = [g.unflatten(0, (call.sequences, call.segments)) for g in grads]
             if gradients is None:
                 if keep == q.dtype and q.shape == k.shape and _covers_all(call, q):
@@ -360,7 +360,7 @@ def _fills(piece: Piece, q: Tensor, k: Tensor) -> bool:
     """Whether the piece holds every (token, head) of q and of k exactly once."""
     # Counted in rows, not periods: a window of w tokens that begins inside a segment holds two partial segments.
     rows = (piece.segments * piece.queries.count, piece.segments * piece.keys.count)
-    whole = piece.rate == 1 and rows == (q.shape[1], k.shape[1]) and q.shape[1] == k.shape[1]
+    whole = piece.rate == 1 and rows == (q.shape[1], k.shape[1])
     return whole and piece.heads == q.shape[2] == k.shape[2]
 
 
@@ -380,7 +380,7 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _attend(qkv: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attend(qkv: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Library attention of (X, heads, rows, D) views -> out (X, heads, rows, D), lse (X, heads, rows)."""
     q, k, v = qkv
     if not q.is_cuda:
@@ -404,9 +404,7 @@ def _attend(qkv: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor
     return out.transpose(1, 2), lse
 
 
-def _attend_backward(
-    views: tuple[Tensor, ...], lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, ...]:
+def attend_backward(views: tuple[Tensor, ...], lse: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
     """Library backward with the given out and lse; dk and dv have one head per query head, or the heads of k."""
     dout, q, out, k, v = views
     if not q.is_cuda:

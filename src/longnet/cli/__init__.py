@@ -6,6 +6,7 @@ import sys
 
 import tyro
 from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
 
 import longnet
 from longnet.cli.demo import demo
@@ -29,6 +30,7 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the command `longnet`. User errors are one line on standard error and exit code 2."""
+    disable_progress_bar()  # transformers' own, over milliseconds
     try:
         arguments = expand(sys.argv[1:])
         tyro.extras.subcommand_cli_from_dict(

@@ -83,7 +83,9 @@ def dilated(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if state is not None:
         if not causal:
-            raise ValueError("expected a causal model with a StreamingCache; got is_causal=False; leave it out")
+            raise ValueError(
+                "expected a causal model with a StreamingCache; got is_causal=False; leave it out"
+            )
         cache, layer = state
         return cache.attend(layer, q, k, v, scaling, attention_mask), None
     pattern = dilated_pattern(module.config)
@@ -111,7 +113,9 @@ def hierarchical(
     """
     causal = _causal(module, dropout, is_causal, kwargs)
     if getattr(key, "_longnet_cache", None) is not None:
-        raise ValueError('StreamingCache: expected "longnet_dilated"; got "longnet_hierarchical"; use a DynamicCache')
+        raise ValueError(
+            'StreamingCache: expected "longnet_dilated"; got "longnet_hierarchical"; use a DynamicCache'
+        )
     pattern, beta = _hierarchical_pattern(module.config)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     mix = query.new_full((query.shape[1],), beta)
@@ -146,7 +150,9 @@ def _hierarchical_pattern(config: Any) -> tuple[HierarchicalPattern, float]:
             f"config.longnet: expected the fields of a HierarchicalPattern; got {spec!r};"
             " call longnet.integrations.patch(model, HierarchicalPattern(...))"
         )
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()
+    }
     beta = fields.pop("router_mix", 0.0)
     return HierarchicalPattern(**fields), beta
 

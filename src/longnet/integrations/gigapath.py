@@ -108,7 +108,9 @@ class GigaPathSlideEncoder(nn.Module):
         mask = None
         if lengths is not None:
             if lengths.shape != (x.shape[0],) or bool(((lengths < 1) | (lengths > x.shape[1])).any()):
-                raise ValueError(f"lengths: expected {x.shape[0]} integers in [1, {x.shape[1]}]; got {lengths.tolist()}")
+                raise ValueError(
+                    f"lengths: expected {x.shape[0]} integers in [1, {x.shape[1]}]; got {lengths.tolist()}"
+                )
             mask = torch.arange(x.shape[1] + 1, device=x.device) <= lengths[:, None].to(x.device)
             coords = coords.masked_fill(~mask[:, 1:, None], 0)
         tiles = self.patch_embed["proj"](x) + self.positions(coords)
@@ -176,6 +178,9 @@ def load_gigapath(
     model = GigaPathSlideEncoder(config, channels, slide_ngrids, tile_size, global_pool)
     wanted = model.state_dict()
     if extra := sorted(state.keys() - wanted.keys()):
-        warnings.warn(f"{len(extra)} tensors that the slide encoder does not have are left out: {extra[:5]}", stacklevel=2)
+        warnings.warn(
+            f"{len(extra)} tensors that the slide encoder does not have are left out: {extra[:5]}",
+            stacklevel=2,
+        )
     fill(model, {name: x for name, x in state.items() if name in wanted})
     return model.eval()

@@ -70,7 +70,9 @@ class TorchscaleConfig:
                 f"num_heads: expected a divisor of the width {self.hidden_size}; got {self.num_attention_heads}"
             )
         if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}; got {self.activation!r}")
+            raise ValueError(
+                f"activation: expected one of {', '.join(_ACTIVATIONS)}; got {self.activation!r}"
+            )
         self.pattern()
 
     @property
@@ -100,7 +102,9 @@ def zero_keys(pattern: DilatedPattern, num_heads: int, num_tokens: int, lengths:
         segment = length.clamp(max=w)
         local = t % segment
         tokens = torch.minimum(segment, length - (t - local))[:, None]
-        s = torch.tensor([pattern.offset(h, r, num_heads) for h in range(num_heads)], device=t.device)[:, None]
+        s = torch.tensor([pattern.offset(h, r, num_heads) for h in range(num_heads)], device=t.device)[
+            :, None
+        ]
         rows, real = (segment + r - 1)[:, None] // r, ((tokens - s + r - 1) // r).clamp(min=0)
         total += torch.where((local % r)[:, None] == s, rows - real, 0)
     return total
@@ -187,7 +191,9 @@ class TorchscaleLongNet(nn.Module):
         self.layernorm_embedding = norm() if config.layernorm_embedding else None
         self.layers = nn.ModuleList(TorchscaleLayer(config, i) for i in range(config.num_hidden_layers))
         self.layer_norm = norm() if config.normalize_output else None
-        self.output_projection = nn.Linear(width, config.output_size, bias=False) if config.output_size else None
+        self.output_projection = (
+            nn.Linear(width, config.output_size, bias=False) if config.output_size else None
+        )
 
     def forward(
         self,
@@ -208,13 +214,17 @@ class TorchscaleLongNet(nn.Module):
             return_all_hiddens: the embeddings and every layer's output instead, without the last norm.
             features_only: leave the output projection out.
         """
-        if (input_ids is None) == (inputs_embeds is None) or (input_ids is not None and self.embed_tokens is None):
+        if (input_ids is None) == (inputs_embeds is None) or (
+            input_ids is not None and self.embed_tokens is None
+        ):
             raise ValueError(
                 "expected inputs_embeds, or input_ids if the state dict has embed_tokens.weight; got "
                 + ("both" if input_ids is not None and inputs_embeds is not None else "neither of use")
             )
         if past_key_values is not None and not self.config.causal:
-            raise ValueError("past_key_values: expected None for an encoder; got a cache; read the whole text at once")
+            raise ValueError(
+                "past_key_values: expected None for an encoder; got a cache; read the whole text at once"
+            )
         x: Any = inputs_embeds if input_ids is None else input_ids
         self._warn_of_shifts(x.shape[1])
         first = lengths = None

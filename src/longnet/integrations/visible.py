@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -148,7 +149,7 @@ def _documents(
         ends = _once(borders, Tensor.tolist)
         if ends[0] != 0 or ends[-1] != tokens:
             raise ValueError(f"cu_seq_lens_q: expected 0, ..., {tokens}; got {ends[0]}, ..., {ends[-1]}")
-        return [[(i, j) for i, j in zip(ends, ends[1:], strict=False) if j > i]]
+        return [[(i, j) for i, j in itertools.pairwise(ends) if j > i]]
     positions = kwargs.get("position_ids")
     # Looked at even where transformers does not (it stops at the sight of a cache): a leak would be silent.
     padded = visible is not None and visible.padding is not None
@@ -168,7 +169,7 @@ def _restarts(positions: Tensor) -> list[list[tuple[int, int]]] | None:
     rows = []
     for row in broken:
         borders = [0, *(row.nonzero()[:, 0] + 1).tolist(), positions.shape[1]]
-        rows.append(list(zip(borders, borders[1:], strict=False)))
+        rows.append(list(itertools.pairwise(borders)))
     return rows
 
 

@@ -322,7 +322,8 @@ class LongNetCache:
         """The same state in memory of its own: read on with one, return to the other."""
         other = copy.copy(self)
         other._host, other._lengths = list(self._host), None
-        other.batch_select_indices(torch.arange(self.batch_size))
+        with torch.inference_mode(False):  # a copy made while generating may be continued outside
+            other.batch_select_indices(torch.arange(self.batch_size))
         return other
 
     def crop(self, max_length: int) -> None:

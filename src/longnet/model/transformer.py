@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from longnet.model.cache import LongNetCache
 from longnet.model.config import LongNetConfig
-from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.folder import furnish
+from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
 
@@ -36,7 +36,9 @@ class LongNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LongNetLayer"]  # noqa: RUF012 - Hugging Face's own convention
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(  # pyrefly: ignore - the rest is handed on by name
+        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """As in transformers; the folder also gets a stub for `trust_remote_code=True` and a model card."""
         if is_main_process:
             furnish(self, Path(save_directory))
@@ -148,7 +150,7 @@ class LongNetModel(LongNetPreTrainedModel):
         recomputes = self.training and self.gradient_checkpointing
         if cache is None and (not use_cache or recomputes):
             return None
-        if recomputes:
+        if recomputes and not getattr(cache, "differentiable", False):
             raise ValueError(
                 "a cache cannot be used with gradient checkpointing; pass past_key_values=None or"
                 " call model.eval()"

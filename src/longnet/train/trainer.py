@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import checkpoint, parallelize
+from longnet.train.chunked import choose_chunk, chunked_backward
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.monitor import Monitor, plot
 
@@ -69,6 +71,10 @@ class TrainConfig:
     """torch.compile the model."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
+    sequence_strategy: Literal["whole", "chunked"] = "whole"
+    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
+    chunk_tokens: int | None = None
+    """Tokens of a chunk; None takes the size that needs the least memory."""
     seed: int = 0
     """Of initial weights and data order."""
     save_every: int = 200
@@ -76,7 +82,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What to do when a checkpoint cannot be written, say on a full disk; the last one of a run must be written."""
+    """What to do when a checkpoint or a record cannot be written, say on a full disk; the last checkpoint must be written."""
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
     eval_every: int = 0
@@ -124,7 +130,6 @@ def train(
         CheckpointWriteError: a checkpoint could not be written; earlier ones are intact.
         NonFiniteLoss: before the optimizer step that it would have spoiled; checkpoints stay as they were.
     """
-    _check(config)
     run = _Run(config)
     leader = parallelize.is_leader()
     started = time.perf_counter()
@@ -160,14 +165,19 @@ class _Run:
     """Everything a step changes, with the means to save and restore it."""
 
     def __init__(self, config: TrainConfig) -> None:
+        many = parallelize.world_size() > 1
+        if not many:
+            _check(config)
         self.config = config
         name = config.device
         if name == "auto":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if many and name == "cuda" else name)
         self.autocast = self.device.type == "cuda" if config.bf16 is None else config.bf16
-        if parallelize.world_size() > 1:
+        if many:
+            # Checked only after the comparison: a mistake of one rank alone is a disagreement that all ranks report.
             parallelize.connect(_preflight(config), self.device, timedelta(seconds=config.timeout))
+            _check(config)
         dataset = TokenDataset(config.data)
         self.sampler = WindowSampler(dataset, config.sequence_length, config.batch_size, config.seed)
         leader = parallelize.is_leader()
@@ -179,7 +189,7 @@ class _Run:
             self.model.gradient_checkpointing_enable()
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.parallel: parallelize.Parallel | None = None
-        if parallelize.world_size() > 1:
+        if many:
             shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
             self.parallel = parallelize.Parallel(*shape, self.device, timedelta(seconds=config.timeout))
             self.parallel.apply(self.model)
@@ -195,6 +205,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self.step, self.skipped = 0, []
         self.save_error: str | None = None
+        self.unlogged: list[str] = []
         config.output.mkdir(parents=True, exist_ok=True)
         self.metrics = config.output / "metrics.jsonl"
         self.restore()
@@ -209,10 +220,7 @@ class _Run:
                 total += self.parallel.backward(self.model, self.sampler, config.accumulation, self.autocast)
                 continue
             ids = self.sampler.next_batch().to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = self.forward(input_ids=ids, labels=ids).loss / config.accumulation
-            loss.backward()
-            total += float(loss.detach())
+            total += float(self.backward(ids)) / config.accumulation
         gradient, broken = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip), ""
         if self.parallel is not None:
             # Every rank learns of a broken loss or a signal in the same step, before the optimizer.
@@ -242,6 +250,18 @@ class _Run:
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
 
+    def backward(self, ids: Tensor) -> Tensor:
+        """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            if config.sequence_strategy == "chunked":
+                targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
+                chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
+                return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
+            loss = self.forward(input_ids=ids, labels=ids).loss
+        (loss / config.accumulation).backward()
+        return loss.detach()
+
     def _learning_rate(self) -> float:
         config, step = self.config, self.step + 1
         if step <= config.warmup:
@@ -255,10 +275,20 @@ class _Run:
         return bool(self.signals) if self.parallel is None else self._asked_to_stop
 
     def log(self, record: dict[str, Any]) -> None:
+        """Append to metrics.jsonl whole lines; under on_save_error="continue" what cannot be written waits for the next time."""
         if not parallelize.is_leader():
             return
-        with open(self.metrics, "a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        self.unlogged.append(json.dumps(record) + "\n")
+        size = self.metrics.stat().st_size
+        try:
+            with open(self.metrics, "a") as stream:
+                stream.write("".join(self.unlogged))
+        except OSError:
+            os.truncate(self.metrics, size)
+            if self.config.on_save_error == "stop":
+                raise
+        else:
+            self.unlogged.clear()
 
     def save(self) -> None:
         states = self.optimizer.state_dict()["state"]
@@ -425,11 +455,13 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 
 def _preflight(config: TrainConfig) -> dict[str, Any]:
     """What all ranks must agree on before they talk: everything that changes a step, and the text itself."""
+    sources, model, problem = "", {}, ""
     try:
+        _check(config)
         sources = TokenDataset(config.data).meta["sources"]
+        model = LongNetConfig.preset(config.preset, **config.model).to_dict()
     except ValueError as error:
-        sources = str(error)  # a rank without data is a disagreement that every rank reports
-    model = LongNetConfig.preset(config.preset, **config.model).to_dict()
+        problem = str(error)
     free = {"sequence_parallel": config.sequence_parallel, "save_every": config.save_every}
     names = ("accumulation", "log_every", "resume", "on_save_error")
     free |= {name: getattr(config, name) for name in names}
@@ -437,6 +469,7 @@ def _preflight(config: TrainConfig) -> dict[str, Any]:
         **_identity(config),
         **free,
         "data": sources,
+        "problem": problem,
         "model": json.loads(json.dumps(model, default=str)),
     }
     fields["dtype"] = "bfloat16" if config.bf16 else str(config.bf16)
@@ -446,12 +479,28 @@ def _preflight(config: TrainConfig) -> dict[str, Any]:
 
 def _check(config: TrainConfig) -> None:
     world = parallelize.world_size()
-    if config.sequence_parallel < 1:
-        raise ValueError(f"sequence_parallel: expected at least 1; got {config.sequence_parallel}")
-    if world > 1 and (config.eval_every or config.sample_every or config.compile):
+    if config.sequence_parallel < 1 or not config.timeout > 0:
         raise ValueError(
-            f"eval_every, sample_every, compile: expected 0, 0 and False with {world} ranks; got {config.eval_every}, "
-            f"{config.sample_every}, {config.compile}; evaluate checkpoints with `longnet eval`"
+            f"expected sequence_parallel >= 1 and timeout > 0; got {config.sequence_parallel}, {config.timeout}"
+        )
+    alone = (config.eval_every, config.sample_every, config.compile, config.sequence_strategy)
+    if world > 1 and alone != (0, 0, False, "whole"):
+        raise ValueError(
+            f"eval_every, sample_every, compile, sequence_strategy: expected 0, 0, False and 'whole' with {world} ranks; got "
+            f"{alone}; evaluate checkpoints with `longnet eval`"
+        )
+    known = LongNetConfig.preset(config.preset).to_dict()
+    unknown = [name for name in config.model if name not in known]
+    if unknown:  # a configuration keeps unknown fields without a word
+        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    try:
+        device = torch.device("cpu" if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f'device: expected "auto", "cpu" or "cuda"; got {config.device!r}') from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
+            "says what is there"
         )
     for name in (
         "sequence_length",
@@ -470,6 +519,13 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"{name}: expected at least 0; got {getattr(config, name)}")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
+    if config.chunk_tokens is not None and config.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
+    kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
+    if config.sequence_strategy == "chunked" and "hierarchical" in kinds:
+        raise ValueError(
+            "sequence_strategy: expected 'whole' for a model with hierarchical layers; got 'chunked'"
+        )
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")

@@ -1,0 +1,72 @@
+"""The benchmark scripts run, check before they time, and write what they say. No claim about speed."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script of benchmarks/ with arguments and give its output."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        importlib.import_module(name).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_attention_and_its_peers(script, tmp_path):
+    out = script("run", "--device", "cpu", "--small", "--impl", "auto", "--peers", "--out", tmp_path)
+    rows = {row["who"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["longnet auto"]["forward_tflops"] > 0
+    assert rows["flash segments"]["backward_us_per_1000_tokens"] > 0
+    assert "error" in rows["cuDNN segments"]  # there is none on a CPU, and the row says so
+    assert "longnet auto / flash segments" in out
+    assert (tmp_path / "results.md").read_text() in out
+
+
+def test_what_is_wrong_is_not_timed(script, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    run = importlib.import_module("run")
+    real = run.dilated_attention
+
+    def off(*tensors, impl=None, **options):
+        result = real(*tensors, impl=impl, **options)
+        return result if impl == "reference" else result._replace(out=result.out * 1.01)
+
+    monkeypatch.setattr(run, "dilated_attention", off)
+    with pytest.raises(SystemExit, match="not timed"):
+        run.check(run.SMALL, None, "cpu")
+
+
+def test_decode(script, tmp_path):
+    out = script("decode", "--device", "cpu", "--small", "--out", tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["pattern"] for row in rows] == ["bounded", "geometric"]
+    assert all(row["cache_matches_formula"] for row in rows)
+    assert all(row["tokens_read_far"] == 2048 for row in rows)
+    assert "NOT EQUAL" not in out
+
+
+def test_the_stand_in_for_einops(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rearrange = importlib.import_module("peers").rearrange
+    x = torch.arange(2 * 12 * 6 * 5).view(2, 12, 6, 5)
+    split = x.view(2, 3, 4, 6, 5).flatten(0, 1)
+    assert torch.equal(rearrange(x, "b (n g) h d -> (b n) g h d", g=4), split)
+    assert torch.equal(rearrange(split, "(b n) g h d -> b (n g) h d", b=2), x)
+    diagonal = rearrange(x, "b (l r1) (r2 h) d -> b l h d r1 r2", r1=4, r2=2)
+    assert torch.equal(diagonal, x.view(2, 3, 4, 2, 3, 5).permute(0, 1, 4, 5, 2, 3))
+    assert torch.equal(rearrange(x[..., 0], "b (l r) h -> b (h l) r 1", r=4)[..., 0],
+                       x[..., 0].view(2, 3, 4, 6).permute(0, 3, 1, 2).reshape(2, 18, 4))  # fmt: skip
+    with pytest.raises(ValueError, match="cannot split"):
+        rearrange(x, "b (n g) h d -> (b n) g h d", g=5)

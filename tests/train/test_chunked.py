@@ -1,0 +1,98 @@
+"""Chunk by chunk, the gradients are those of the whole sequence: to the last digits of fp64, for any chunk."""
+
+import pytest
+import torch
+
+from longnet import LongNetConfig, LongNetForCausalLM
+from longnet.train.chunked import ChunkStore, choose_chunk, chunked_backward
+
+CASES = {
+    "geometric": ([8, 32, 128], [1, 4, 16]),
+    "ragged": ([5, 13, 60, 300], [1, 3, 7, 12]),
+    "one branch": ([16], [1]),
+}
+
+
+def model(name="geometric", heads=4, key_heads=2, offsets="cyclic", dtype=torch.float64):
+    torch.manual_seed(0)
+    lengths, rates = CASES[name]
+    config = LongNetConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=key_heads,
+        segment_lengths=lengths, dilation_rates=rates, head_offsets=offsets, initializer_range=0.3,
+    )  # fmt: skip
+    return LongNetForCausalLM(config).to(dtype).train()
+
+
+def data(batch, tokens):
+    ids = torch.randint(4, 260, (batch, tokens + 1), generator=torch.Generator().manual_seed(1))
+    targets = ids[:, 1:].clone()
+    targets[:, 3] = -100
+    return ids[:, :-1], targets
+
+
+def whole(network, ids, targets):
+    losses = network.token_losses(ids, targets=targets)
+    loss = losses.sum() / (targets != -100).sum()
+    return loss.detach(), torch.autograd.grad(loss, list(network.parameters()))
+
+
+def compare(network, ids, targets, chunk, atol):
+    loss, wanted = whole(network, ids, targets)
+    found = chunked_backward(network, ids, targets, chunk)
+    torch.testing.assert_close(found, loss, atol=atol, rtol=0)
+    for (name, parameter), gradient in zip(network.named_parameters(), wanted, strict=True):
+        assert (parameter.grad - gradient).abs().max() <= atol * max(1, gradient.abs().max()), name
+    network.zero_grad()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk", [1, 7, 16, 32, 50, 64, 151, 200])
+def test_gradients_equal_one_backward_pass(name, chunk):
+    compare(model(name), *data(2, 151), chunk, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "offsets"), [(4, 4, "cyclic"), (4, 1, "block"), (8, 2, "cyclic"), (2, 2, "block")]
+)
+def test_groups_and_offset_rules(heads, key_heads, offsets):
+    for name in ("geometric", "ragged"):
+        compare(model(name, heads, key_heads, offsets), *data(1, 149), 24, 1e-12)
+
+
+def test_single_precision_and_layer_checkpoints():
+    network = model(dtype=torch.float32)
+    compare(network, *data(1, 140), 32, 2e-5)
+    network.gradient_checkpointing_enable()
+    compare(network, *data(1, 140), 32, 2e-5)
+
+
+def test_memory_keeps_only_what_later_chunks_can_see():
+    network = model()
+    pattern = network.config.pattern()
+    store = ChunkStore(network.config, 1, 4096, 128, "cpu", torch.float64)
+    assert store.nbytes() == 0  # every segment ends where a chunk ends
+    store = ChunkStore(network.config, 1, 4096, 32, "cpu", torch.float64)
+    # Only the branch (128, 16) crosses: 8 rows a segment, 2 layers, keys and values of 8 bytes.
+    slots = len(pattern.slots(16, 4, 2))
+    assert store.nbytes() == 2 * 2 * 8 * 8 * slots * 4096 // 16
+
+
+def test_the_chosen_chunk_grows_with_the_root_of_the_length():
+    config = LongNetConfig.preset(
+        "base", segment_lengths=[2048 * 2**i for i in range(20)], dilation_rates=[2**i for i in range(20)]
+    )
+    chunks = [choose_chunk(config, n) for n in (10**6, 10**8, 10**9)]
+    assert chunks == sorted(chunks)
+    assert 2**18 <= chunks[1] <= 2**22
+    assert choose_chunk(config, 1000) == 1000
+
+
+def test_refusals():
+    network = model()
+    with pytest.raises(ValueError, match="alike"):
+        chunked_backward(
+            network, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64), 2
+        )
+    config = LongNetConfig(num_hidden_layers=1, attention="hierarchical")
+    with pytest.raises(ValueError, match="dilated"):
+        ChunkStore(config, 1, 10, 2, "cpu", torch.float32)
