@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from longnet.integrations.tokenizer import byte_tokenizer
-from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.train import checkpoint, parallelize
 from longnet.train.chunked import choose_chunk, chunked_backward
 from longnet.train.data import TokenDataset, WindowSampler
+from longnet.train.masking import mask_spans
 from longnet.train.monitor import Monitor, plot
 
 # May differ between a run and its continuation: they do not change what a step computes.
@@ -43,6 +44,8 @@ class TrainConfig:
     """Directory made by `longnet prepare`."""
     output: Path
     """Where checkpoints, metrics.jsonl, loss.png and the final model go."""
+    objective: Literal["causal", "mlm"] = "causal"
+    """causal: predict the next byte; mlm: fill in masked spans with a bidirectional model, to fine-tune it on a task."""
     preset: str = "tiny"
     """Model size: tiny, mini, small, base, large, xl."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +186,7 @@ class _Run:
         leader = parallelize.is_leader()
         self.monitor = Monitor(config if leader else dataclasses.replace(config, tensorboard=False), dataset)
         torch.manual_seed(config.seed)
-        self.model = LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
+        self.model = _build(config)
         torch.nn.Module.to(self.model, self.device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -219,8 +222,12 @@ class _Run:
             if self.parallel is not None:
                 total += self.parallel.backward(self.model, self.sampler, config.accumulation, self.autocast)
                 continue
-            ids = self.sampler.next_batch().to(self.device, non_blocking=True)
-            total += float(self.backward(ids)) / config.accumulation
+            ids = labels = self.sampler.next_batch()
+            if config.objective == "mlm":
+                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
+                ids, labels = mask_spans(ids, (config.seed, self.sampler.drawn))
+            ids, labels = (x.to(self.device, non_blocking=True) for x in (ids, labels))
+            total += float(self.backward(ids, labels)) / config.accumulation
         gradient, broken = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip), ""
         if self.parallel is not None:
             # Every rank learns of a broken loss or a signal in the same step, before the optimizer.
@@ -250,15 +257,15 @@ class _Run:
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
 
-    def backward(self, ids: Tensor) -> Tensor:
+    def backward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if config.sequence_strategy == "chunked":
-                targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
+                targets = torch.cat((labels[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
                 chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
                 return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
-            loss = self.forward(input_ids=ids, labels=ids).loss
+            loss = self.forward(input_ids=ids, labels=labels).loss
         (loss / config.accumulation).backward()
         return loss.detach()
 
@@ -317,7 +324,7 @@ class _Run:
             weights = {name: self.parallel.full(p.detach()) for name, p in self.model.named_parameters()}
             if not parallelize.is_leader():
                 return
-            model = LongNetForCausalLM(LongNetConfig.preset(self.config.preset, **self.config.model))
+            model = _build(self.config)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
@@ -477,17 +484,29 @@ def _preflight(config: TrainConfig) -> dict[str, Any]:
     return fields
 
 
+def _build(config: TrainConfig) -> LongNetForCausalLM | LongNetForMaskedLM:
+    if config.objective == "causal":
+        return LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
+    return LongNetForMaskedLM(LongNetConfig.preset(config.preset, **{**config.model, "bidirectional": True}))
+
+
 def _check(config: TrainConfig) -> None:
     world = parallelize.world_size()
     if config.sequence_parallel < 1 or not config.timeout > 0:
         raise ValueError(
             f"expected sequence_parallel >= 1 and timeout > 0; got {config.sequence_parallel}, {config.timeout}"
         )
-    alone = (config.eval_every, config.sample_every, config.compile, config.sequence_strategy)
-    if world > 1 and alone != (0, 0, False, "whole"):
+    alone = (
+        config.eval_every,
+        config.sample_every,
+        config.compile,
+        config.sequence_strategy,
+        config.objective,
+    )
+    if world > 1 and alone != (0, 0, False, "whole", "causal"):
         raise ValueError(
-            f"eval_every, sample_every, compile, sequence_strategy: expected 0, 0, False and 'whole' with {world} ranks; got "
-            f"{alone}; evaluate checkpoints with `longnet eval`"
+            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' and 'causal' with "
+            f"{world} ranks; got {alone}; evaluate checkpoints with `longnet eval`"
         )
     known = LongNetConfig.preset(config.preset).to_dict()
     unknown = [name for name in config.model if name not in known]
@@ -501,6 +520,11 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(
             f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
             "says what is there"
+        )
+    if config.objective == "mlm" and (config.eval_every or config.sample_every):
+        raise ValueError(
+            "eval_every and sample_every: expected 0 with objective 'mlm', which predicts no next byte; got"
+            f" {config.eval_every} and {config.sample_every}"
         )
     for name in (
         "sequence_length",
@@ -522,9 +546,9 @@ def _check(config: TrainConfig) -> None:
     if config.chunk_tokens is not None and config.chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
     kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
-    if config.sequence_strategy == "chunked" and "hierarchical" in kinds:
+    if config.sequence_strategy == "chunked" and ("hierarchical" in kinds or config.objective != "causal"):
         raise ValueError(
-            "sequence_strategy: expected 'whole' for a model with hierarchical layers; got 'chunked'"
+            "sequence_strategy: expected 'whole' for hierarchical layers and for masked spans; got 'chunked'"
         )
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
