@@ -358,6 +358,7 @@ def _covers_all(call: Call, q: Tensor) -> bool:
 
 def _fills(piece: Piece, q: Tensor, k: Tensor) -> bool:
     """Whether the piece holds every (token, head) of q and of k exactly once."""
+    # Counted in rows, not periods: a window of w tokens that begins inside a segment holds two partial segments.
     rows = (piece.segments * piece.queries.count, piece.segments * piece.keys.count)
     whole = piece.rate == 1 and rows == (q.shape[1], k.shape[1])
     return whole and piece.heads == q.shape[2] == k.shape[2]

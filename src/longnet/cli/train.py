@@ -13,6 +13,7 @@ from longnet.train import TrainConfig, TrainSummary
 from longnet.train import train as train_model
 from longnet.train.data import SUFFIXES
 from longnet.train.data import prepare as prepare_data
+from longnet.train.parallelize import is_leader
 
 
 def prepare(
@@ -58,6 +59,8 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     --config FILE.toml reads these options from a file, with the model's fields under [model]; what is given here wins.
     """
     summary = train_with_bar(config)
+    if not is_leader():
+        return
     for reason in summary.skipped:
         print(f"passed over a damaged checkpoint: {reason}", file=sys.stderr)
     state = "finished" if summary.finished else "stopped; run the same command to continue"
@@ -70,7 +73,8 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def train_with_bar(config: TrainConfig) -> TrainSummary:
-    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+    silent = not is_leader()
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, mininterval=0.5, disable=silent) as bar:
 
         def show(event: dict) -> None:
             bar.update(event["step"] - bar.n)

@@ -14,6 +14,7 @@ from longnet.attention.dilated import dilated_attention
 from longnet.attention.strided import has_triton
 
 if TYPE_CHECKING:
+    from longnet.attention.sequence_parallel import SequenceParallel
     from longnet.model.cache import LongNetCache
     from longnet.model.config import LongNetConfig
 
@@ -77,6 +78,8 @@ class LongNetAttention(nn.Module):
         self.pattern = config.pattern()
         self.causal = not config.bidirectional
         self.impl = config.attention_impl
+        # Set from outside (train/parallelize.py) where the tokens are one rank's part of a longer sequence.
+        self.sequence_parallel: SequenceParallel | None = None
         width = (self.heads + 2 * self.key_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
@@ -104,6 +107,8 @@ class LongNetAttention(nn.Module):
             k = apply_rotary(self.k_norm(k), rotary, v.dtype)
         if cache is not None:
             out = cache.attend(self.layer_index, q, k, v, lengths)
+        elif self.sequence_parallel is not None:
+            out = self._attend_across_ranks(q, k, v, lengths, start)
         else:
             out = dilated_attention(
                 q,
@@ -116,6 +121,20 @@ class LongNetAttention(nn.Module):
                 impl=self.impl,
             ).out
         return self.o_proj(out.flatten(2))
+
+    def _attend_across_ranks(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, start: int
+    ) -> Tensor:
+        from longnet.attention.sequence_parallel import sequence_parallel_attention
+
+        parallel = self.sequence_parallel
+        assert parallel is not None
+        if lengths is not None or start != parallel.start:
+            raise ValueError(
+                f"sequence parallelism: expected no lengths and start={parallel.start}, this rank's first position; got "
+                f"{'no lengths' if lengths is None else 'lengths'} and start={start}"
+            )
+        return sequence_parallel_attention(q, k, v, self.pattern, parallel, causal=self.causal).out
 
 
 class LongNetMLP(nn.Module):

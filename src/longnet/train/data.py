@@ -276,10 +276,10 @@ class WindowSampler:
             )
         self.drawn, self._epoch = 0, -1
 
-    def next_batch(self) -> Tensor:
-        """(batch_size, window) int64 ids."""
-        rows = []
-        for i in range(self.drawn, self.drawn + self.batch_size):
+    def next_batch(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """(batch_size, window) int64 ids; of these, only `rows` and `columns` are read, for ranks that hold a part."""
+        parts = []
+        for i in range(self.drawn, self.drawn + self.batch_size)[rows]:
             epoch, position = divmod(i, self.per_epoch)
             if epoch != self._epoch:
                 generator = np.random.default_rng((self.seed, epoch))
@@ -289,9 +289,9 @@ class WindowSampler:
                 )
                 self._epoch = epoch
             first = self._phase + int(self._order[position]) * self.window
-            rows.append(self.tokens[first : first + self.window].astype(np.int64))
+            parts.append(self.tokens[first : first + self.window][columns].astype(np.int64))
         self.drawn += self.batch_size
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack(parts))
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity, "drawn": self.drawn}

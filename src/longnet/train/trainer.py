@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
-from longnet.train import checkpoint
+from longnet.train import checkpoint, parallelize
 from longnet.train.chunked import choose_chunk, chunked_backward
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
@@ -28,6 +29,7 @@ from longnet.train.monitor import Monitor, plot
 # May differ between a run and its continuation: they do not change what a step computes.
 _FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
 _FREE_FIELDS += ("on_save_error", "eval_every", "eval_windows", "sample_every", "tensorboard")
+_FREE_FIELDS += ("sequence_parallel", "timeout")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -99,6 +101,10 @@ class TrainConfig:
     another run's output folder or of one checkpoint: start there if the output folder has none."""
     device: str = "auto"
     """auto: CUDA where there is one, else CPU."""
+    sequence_parallel: int = 1
+    """Ranks that share one window, under torchrun; the other ranks divide the batch. Fewer or more may continue a run."""
+    timeout: float = 600
+    """Seconds that a rank waits for another, a checkpoint being written included, before it gives up."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +133,13 @@ def train(
         CheckpointWriteError: a checkpoint could not be written; earlier ones are intact.
         NonFiniteLoss: before the optimizer step that it would have spoiled; checkpoints stay as they were.
     """
-    _check(config)
     run = _Run(config)
+    leader = parallelize.is_leader()
     started = time.perf_counter()
     first, loss = run.step, math.nan
     with _stop_signals() as stop:
-        while run.step < config.steps and not stop:
+        run.signals = stop
+        while run.step < config.steps and not run.stopping:
             record = run.advance()
             loss = record["loss"]
             if run.save_error:
@@ -140,18 +147,19 @@ def train(
             run.monitor.observe(record, run.model, run.autocast, lambda: bool(stop))  # pyrefly: ignore - looks at no mlm model
             if run.step % config.log_every == 0 or run.step == config.steps or "validation_loss" in record:
                 run.log(record)
-            on_event(record)
+            if leader:
+                on_event(record)
             if run.step % config.save_every == 0 and run.step < config.steps:
                 run.save_or_note()
         run.save()
     run.monitor.close()
     finished, picture = run.step >= config.steps, None
     if finished:
-        run.model.save_pretrained(config.output / "model")
-        byte_tokenizer().save_pretrained(config.output / "model")
+        run.export()
         picture = config.output / "loss.png"
-        picture = picture if plot(run.metrics, picture) else None
+        picture = picture if leader and plot(run.metrics, picture) else None
     parameters = sum(p.numel() for p in run.model.parameters())
+    run.close()
     elapsed = time.perf_counter() - started
     return TrainSummary(run.step, finished, loss, elapsed, parameters, first, tuple(run.skipped), picture)
 
@@ -160,21 +168,36 @@ class _Run:
     """Everything a step changes, with the means to save and restore it."""
 
     def __init__(self, config: TrainConfig) -> None:
+        many = parallelize.world_size() > 1
+        if not many:
+            _check(config)
         self.config = config
         name = config.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
+        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if many and name == "cuda" else name)
         self.autocast = self.device.type == "cuda" if config.bf16 is None else config.bf16
+        if many:
+            # Checked only after the comparison: a mistake of one rank alone is a disagreement that all ranks report.
+            parallelize.connect(_preflight(config), self.device, timedelta(seconds=config.timeout))
+            _check(config)
         dataset = TokenDataset(config.data)
         self.sampler = WindowSampler(dataset, config.sequence_length, config.batch_size, config.seed)
-        self.monitor = Monitor(config, dataset)
+        leader = parallelize.is_leader()
+        self.monitor = Monitor(config if leader else dataclasses.replace(config, tensorboard=False), dataset)
         torch.manual_seed(config.seed)
         self.model = _build(config)
         torch.nn.Module.to(self.model, self.device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.forward = torch.compile(self.model) if config.compile else self.model
+        self.parallel: parallelize.Parallel | None = None
+        if many:
+            shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
+            self.parallel = parallelize.Parallel(*shape, self.device, timedelta(seconds=config.timeout))
+            self.parallel.apply(self.model)
+        self.signals: list[int] = []
+        self._asked_to_stop = False
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
         matrices = [p for p in self.model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
         others = [p for p in self.model.parameters() if p.dim() < 2 or id(p) in embeddings]
@@ -196,16 +219,25 @@ class _Run:
         self.model.train()
         total = 0.0
         for _ in range(config.accumulation):
+            if self.parallel is not None:
+                total += self.parallel.backward(self.model, self.sampler, config.accumulation, self.autocast)
+                continue
             ids = labels = self.sampler.next_batch()
             if config.objective == "mlm":
                 # Drawn from the seed and the windows' number: a resumed run masks the same spans.
                 ids, labels = mask_spans(ids, (config.seed, self.sampler.drawn))
             ids, labels = (x.to(self.device, non_blocking=True) for x in (ids, labels))
             total += float(self.backward(ids, labels)) / config.accumulation
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        gradient, broken = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip), ""
+        if self.parallel is not None:
+            # Every rank learns of a broken loss or a signal in the same step, before the optimizer.
+            total, self._asked_to_stop, broken = self.parallel.agree(total, bool(self.signals))
+            gradient = gradient.full_tensor()  # pyrefly: ignore - a DTensor
+            broken = f" (of rank {broken})" if broken else ""
+        norm = float(gradient)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteLoss(
-                f"step {self.step + 1}: loss {total}, gradient norm {norm}; the weights are those of step {self.step}; "
+                f"step {self.step + 1}: loss {total}{broken}, gradient norm {norm}; the weights are those of step {self.step}; "
                 "lower the learning rate or look at the data of this step"
             )
         rate = self._learning_rate()
@@ -244,8 +276,15 @@ class _Run:
         progress = (step - config.warmup) / max(1, config.steps - config.warmup)
         return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked this process, or any rank, to stop."""
+        return bool(self.signals) if self.parallel is None else self._asked_to_stop
+
     def log(self, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl whole lines; under on_save_error="continue" what cannot be written waits for the next time."""
+        if not parallelize.is_leader():
+            return
         self.unlogged.append(json.dumps(record) + "\n")
         size = self.metrics.stat().st_size
         try:
@@ -262,12 +301,40 @@ class _Run:
         states = self.optimizer.state_dict()["state"]
         moments = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        if self.parallel is not None:
+            moments, weights = (
+                {name: self.parallel.full(x) for name, x in group.items()} for group in (moments, weights)
+            )
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {"step": self.step, "data": self.sampler.state_dict(), "config": _identity(self.config)}
         groups: checkpoint.Groups = {"weights": weights, "optimizer": moments, "random": random}
-        checkpoint.save(self.config.output / "checkpoints", self.step, groups, state, self.config.keep)
+        folder = self.config.output / "checkpoints"
+
+        def write() -> str:
+            return str(checkpoint.save(folder, self.step, groups, state, self.config.keep))
+
+        write() if self.parallel is None else self.parallel.on_leader(write)
+
+    def export(self) -> None:
+        """Write the finished model as a Hugging Face folder."""
+        folder, model = self.config.output / "model", self.model
+        if self.parallel is not None:
+            weights = {name: self.parallel.full(p.detach()) for name, p in self.model.named_parameters()}
+            if not parallelize.is_leader():
+                return
+            model = _build(self.config)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+
+    def close(self) -> None:
+        if self.parallel is not None:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
     def save_or_note(self) -> None:
         """Save; a failure stops the run, or is part of the next record."""
@@ -278,8 +345,8 @@ class _Run:
                 raise
             self.save_error = str(error)
 
-    def restore(self) -> None:
-        """Continue from the newest intact checkpoint; drop metrics of steps that will be taken again."""
+    def _newest(self) -> tuple[checkpoint.Groups, dict[str, Any]] | None:
+        """The newest intact checkpoint, which belongs to this configuration; None: there is none yet."""
         folder = self.config.output / "checkpoints"
         path, self.skipped = checkpoint.newest(folder)
         if path is not None and self.config.resume == "never":
@@ -293,8 +360,7 @@ class _Run:
         if path is None and self.config.resume not in ("auto", "never"):
             path = self._elsewhere(Path(self.config.resume))
         if path is None:
-            self.metrics.write_text("")
-            return
+            return None
         tensors, state = checkpoint.load(path)
         now = _identity(self.config)
         differing = [
@@ -314,6 +380,37 @@ class _Run:
                 f"{path}: expected weights, optimizer and random state of this model; got groups {sorted(tensors)}, differing "
                 f"weights {names[:5]}"
             )
+        return tensors, state
+
+    def _newest_of_leader(
+        self, parallel: parallelize.Parallel
+    ) -> tuple[checkpoint.Groups, dict[str, Any]] | None:
+        """As `_newest`: only the leader reads, everybody gets its tensors (sharded) or its error."""
+        found: list[Any] = []
+
+        def look() -> dict[str, Any] | None:
+            newest = self._newest()
+            found.append(newest and newest[0])
+            return newest and newest[1]
+
+        state = parallel.on_leader(look)
+        if state is None:
+            return None
+        like = {("weights", name): p for name, p in self.model.named_parameters()}
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = ("exp_avg", "exp_avg_sq")
+        like |= {("optimizer", f"{i}.{name}"): p for i, p in enumerate(ordered) for name in moments}
+        return parallel.distribute(found[0] if found else None, like), state
+
+    def restore(self) -> None:
+        """Continue from the newest intact checkpoint; drop metrics of steps that will be taken again."""
+        found = self._newest() if self.parallel is None else self._newest_of_leader(self.parallel)
+        leader = parallelize.is_leader()
+        if found is None:
+            if leader:
+                self.metrics.write_text("")
+            return
+        tensors, state = found
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors["weights"][name])
@@ -328,7 +425,8 @@ class _Run:
         if "cuda" in tensors["random"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random"]["cuda"], self.device)
         self.step = int(state["step"])
-        _truncate_metrics(self.metrics, self.step)
+        if leader:
+            _truncate_metrics(self.metrics, self.step)
 
     def _elsewhere(self, source: Path) -> Path:
         """The checkpoint that `resume` names: one, or the newest intact one of another run."""
@@ -362,6 +460,30 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in fields.items() if k not in _FREE_FIELDS}))
 
 
+def _preflight(config: TrainConfig) -> dict[str, Any]:
+    """What all ranks must agree on before they talk: everything that changes a step, and the text itself."""
+    sources, model, problem = "", {}, ""
+    try:
+        _check(config)
+        sources = TokenDataset(config.data).meta["sources"]
+        model = LongNetConfig.preset(config.preset, **config.model).to_dict()
+    except ValueError as error:
+        problem = str(error)
+    free = {"sequence_parallel": config.sequence_parallel, "save_every": config.save_every}
+    names = ("accumulation", "log_every", "resume", "on_save_error")
+    free |= {name: getattr(config, name) for name in names}
+    fields = {
+        **_identity(config),
+        **free,
+        "data": sources,
+        "problem": problem,
+        "model": json.loads(json.dumps(model, default=str)),
+    }
+    fields["dtype"] = "bfloat16" if config.bf16 else str(config.bf16)
+    fields.pop("device", None)
+    return fields
+
+
 def _build(config: TrainConfig) -> LongNetForCausalLM | LongNetForMaskedLM:
     if config.objective == "causal":
         return LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
@@ -369,6 +491,23 @@ def _build(config: TrainConfig) -> LongNetForCausalLM | LongNetForMaskedLM:
 
 
 def _check(config: TrainConfig) -> None:
+    world = parallelize.world_size()
+    if config.sequence_parallel < 1 or not config.timeout > 0:
+        raise ValueError(
+            f"expected sequence_parallel >= 1 and timeout > 0; got {config.sequence_parallel}, {config.timeout}"
+        )
+    alone = (
+        config.eval_every,
+        config.sample_every,
+        config.compile,
+        config.sequence_strategy,
+        config.objective,
+    )
+    if world > 1 and alone != (0, 0, False, "whole", "causal"):
+        raise ValueError(
+            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' and 'causal' with "
+            f"{world} ranks; got {alone}; evaluate checkpoints with `longnet eval`"
+        )
     known = LongNetConfig.preset(config.preset).to_dict()
     unknown = [name for name in config.model if name not in known]
     if unknown:  # a configuration keeps unknown fields without a word
@@ -414,6 +553,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
+    parallelize.check_layout(world, config.sequence_parallel, config.sequence_length, config.batch_size)
 
 
 @contextmanager

@@ -1,0 +1,138 @@
+"""Sequence parallelism on real devices: equality with one device, and times of attention forward and backward.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py                 # one GPU a rank, NCCL
+    torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --one-gpu       # two ranks on one GPU, gloo through host
+    torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --cpu --tokens 4096
+    python benchmarks/parallel.py --plan                                            # a simulated job, no device at all
+
+Rank 0 prints one JSON line. Errors: the largest difference to one device in the same dtype, over its largest value; "ulp" is the
+rounding unit of the dtype. --one-gpu times share the device and pass through host memory: equality is what they show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from longnet import DilatedPattern, dilated_attention
+from longnet.attention.sequence_parallel import SequenceParallel, sequence_parallel_attention
+from longnet.schedule import Shards, traffic, work
+
+
+def simulated() -> None:
+    """Bytes a rank receives in a step (12 layers, 12 heads of 64, bf16) and the balance of work, at 2^20 tokens a rank."""
+    for count in (8, 64, 1024):
+        shards, pattern = Shards.even(count << 20, count), DilatedPattern.geometric(count << 20)
+        moved = [traffic(pattern, 12, 12, 64, shards, rank) for rank in range(count)]
+        pairs = [sum(work(pattern, 12, 12, shards, rank)) for rank in range(count)]
+        line = {
+            "ranks": count,
+            "tokens": count << 20,
+            "forward_bytes_per_layer": max(x.forward for x in moved),
+            "backward_bytes_per_layer": max(x.backward for x in moved),
+            "bytes_per_step_12_layers": 12 * max(sum(x) for x in moved),
+            "most_loaded_over_mean": round(max(pairs) * count / sum(pairs), 6),
+        }
+        print(json.dumps(line))
+
+
+def median_ms(function, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        dist.barrier()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--uneven", action="store_true", help="borders that cut segments")
+    parser.add_argument("--one-gpu", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--plan", action="store_true")
+    options = parser.parse_args()
+    if options.plan:
+        return simulated()
+    local = 0 if options.one_gpu else int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu" if options.cpu else f"cuda:{local}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=120)
+    dist.init_process_group("gloo" if options.cpu or options.one_gpu else "nccl", timeout=timeout)
+    rank, world, n = dist.get_rank(), dist.get_world_size(), options.tokens
+    shards = Shards.even(n, world)
+    if options.uneven:
+        inner = [b + 777 * (i + 1) for i, b in enumerate(shards.borders[1:-1])]
+        shards = Shards((0, *inner, n))
+    pattern = DilatedPattern.geometric(n, options.window)
+    parallel = SequenceParallel(shards, timeout=timeout)
+    dtype = torch.float64 if options.cpu else torch.bfloat16
+    g = torch.Generator(device).manual_seed(0)
+    shape = (1, n, options.heads, options.width)
+    q, k, v, dout = (torch.randn(shape, generator=g, device=device, dtype=dtype) for _ in range(4))
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = dilated_attention(*whole, pattern).out
+    exact = [out.detach(), *torch.autograd.grad(out, whole, dout)]
+    a, b = shards.span(rank)
+    mine = [x[:, a:b].clone().requires_grad_() for x in (q, k, v)]
+    part = sequence_parallel_attention(*mine, pattern, parallel).out
+    got = [part.detach(), *torch.autograd.grad(part, mine, dout[:, a:b])]
+    errors = torch.tensor(
+        [float((x[:, a:b] - y).abs().max() / x.abs().max()) for x, y in zip(exact, got, strict=True)],
+        device=device,
+    )
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    gradient = dout[:, a:b]
+
+    def both(inputs, call, grad):
+        torch.autograd.grad(call(inputs), inputs, grad)
+
+    across = median_ms(
+        lambda: both(mine, lambda x: sequence_parallel_attention(*x, pattern, parallel).out, gradient),
+        options.repeats,
+    )
+    forward = median_ms(lambda: sequence_parallel_attention(*mine, pattern, parallel), options.repeats)
+    alone = median_ms(
+        lambda: both(whole, lambda x: dilated_attention(*x, pattern).out, dout), options.repeats
+    )
+    moved = traffic(pattern, options.heads, options.heads, options.width, shards, rank)
+    if rank == 0:
+        line = {
+            "ranks": world,
+            "backend": dist.get_backend(),
+            "tokens": n,
+            "branches": len(pattern.branches),
+            "relative_error": dict(zip(("out", "dq", "dk", "dv"), errors.tolist(), strict=True)),
+            "ulp": torch.finfo(dtype).eps,
+            "forward_ms": forward,
+            "forward_backward_ms": across,
+            "one_device_forward_backward_ms": alone,
+            "bytes_received_forward": moved.forward,
+            "bytes_received_backward": moved.backward,
+        }
+        print(json.dumps(line))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

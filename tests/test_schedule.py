@@ -1,0 +1,85 @@
+"""Who sends what to whom, counted for jobs of up to 1024 ranks."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longnet import schedule
+from longnet.patterns import DilatedPattern
+from longnet.schedule import Shards, exchanges, rank_plan, traffic, work
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_work_of_all_ranks_is_the_work_of_one_device(data):
+    n, start = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 17, 2**40 + 3]))
+    inner = sorted(data.draw(st.lists(st.integers(0, n), max_size=4)))
+    shards = Shards((start, *(start + x for x in inner), start + n))
+    lengths = (data.draw(st.integers(1, 20)), data.draw(st.integers(4, 90)), 40)
+    pattern = DilatedPattern(lengths, (1, data.draw(st.integers(1, 4)), 7))
+    key_heads, causal = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.booleans())
+    parts = [work(pattern, 4, key_heads, shards, i, causal) for i in range(shards.ranks)]
+    whole = work(pattern, 4, key_heads, Shards((start, start + n)), 0, causal)
+    assert sum(map(sum, parts)) == sum(whole)
+    if start == 0:
+        assert sum(whole) == pattern.visible_pairs(n, 4, causal)
+
+
+def test_segments_within_a_shard_do_not_communicate():
+    pattern = DilatedPattern((8, 32, 128), (1, 4, 16))
+    assert exchanges(pattern, 4, 4, Shards.even(128, 1)) == ()
+    (only,) = exchanges(pattern, 4, 4, Shards.even(128, 4))
+    assert only.members == (0, 1, 2, 3)
+    assert [s.rate for s in only.segments] == [16]
+    pairs = [e.members for e in exchanges(pattern, 4, 4, Shards.even(128, 8))]
+    assert pairs == [(0, 1), (0, 1, 2, 3, 4, 5, 6, 7), (2, 3), (4, 5), (6, 7)]
+
+
+def test_causal_ranks_see_only_earlier_rows_and_the_first_of_a_segment_none():
+    pattern, shards = DilatedPattern((8, 64), (1, 4)), Shards.even(128, 8)
+    for rank in range(8):
+        plan = rank_plan(pattern, 4, 4, shards, rank, True)
+        ends = {x.end for group in plan.rectangles for x in group}
+        assert ends == ({rank % 4 * 4} if rank % 4 else set())
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 1024])
+def test_a_large_job_is_balanced_and_its_traffic_follows_the_number_of_shared_branches(ranks):
+    """2^20 tokens a rank, 12 heads of 64, window 2048: bytes a rank, layer and step, and the most loaded rank."""
+    shards = Shards.even(ranks << 20, ranks)
+    pattern = DilatedPattern.geometric(ranks << 20)
+    some = sorted({*range(0, ranks, max(1, ranks // 16)), ranks - 1})
+    shared = ranks.bit_length() - 1
+    for rank in some:
+        bytes_ = traffic(pattern, 12, 12, 64, shards, rank)
+        # Each shared branch brings at most 2048 rows of each head, keys and values.
+        assert bytes_.forward <= shared * 2 * 2048 * 12 * 64 * 2
+        assert bytes_.backward == 2 * bytes_.forward
+    pairs = [sum(work(pattern, 12, 12, shards, rank)) for rank in some]
+    assert max(pairs) <= 1.002 * min(pairs)
+    if ranks <= 64:
+        grown = DilatedPattern((2048, ranks << 24), (1, ranks << 13))
+        base = DilatedPattern((2048, ranks << 20), (1, ranks << 9))
+        few, many = (
+            traffic(p, 12, 12, 64, Shards.even(n, ranks), 1)
+            for p, n in ((base, ranks << 20), (grown, ranks << 24))
+        )
+        assert few == many
+
+
+def test_misuse_is_named():
+    for borders in ((0,), (0, 0), (3, 2), (-1, 4)):
+        with pytest.raises(ValueError, match="borders: expected"):
+            Shards(borders)
+    with pytest.raises(ValueError, match="at least one rank"):
+        Shards.even(10, 0)
+
+
+def test_no_torch():
+    tree = ast.parse(Path(schedule.__file__).read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert modules == {"__future__", "dataclasses", "functools", "longnet.patterns", "typing"}

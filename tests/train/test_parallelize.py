@@ -1,0 +1,296 @@
+"""Training over ranks: equal to one device, resharded bit for bit, and what happens when a rank is wrong, dies or hangs."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ranks
+from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.train import TrainConfig, checkpoint, train
+from longnet.train.data import TokenDataset, WindowSampler, prepare
+from longnet.train.parallelize import Parallel, RanksDisagree, check_layout, connect, preflight
+from longnet.train.trainer import _Run
+
+MODEL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "segment_lengths": [8, 32, 64], "dilation_rates": [1, 4, 8]}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(4):
+        (tmp_path / "text" / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    prepare([tmp_path / "text"], tmp_path / "data")
+    return TrainConfig(
+        data=tmp_path / "data", output=tmp_path / "run", model=MODEL, sequence_length=61, batch_size=12, steps=8,
+        warmup=2, learning_rate=1e-2, save_every=2, device="cpu", timeout=30,
+    )  # fmt: skip
+
+
+def losses(path):
+    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def gradients(data, sequence_parallel):
+    """The largest error of loss and parameter gradients of an fp64 model against one device."""
+    connect({}, CPU, timedelta(seconds=30))
+    worst = 0.0
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        one = LongNetForCausalLM(LongNetConfig(**MODEL)).double()
+        torch.manual_seed(0)
+        many = LongNetForCausalLM(LongNetConfig(**MODEL)).double()
+        if checkpointing:
+            many.gradient_checkpointing_enable()
+        many.train()
+        samplers = [WindowSampler(TokenDataset(data), 61, 4, 0) for _ in range(2)]
+        parallel = Parallel(sequence_parallel, 61, 4, CPU, timedelta(seconds=30))
+        parallel.apply(many)
+        ids = samplers[0].next_batch()
+        loss = one(input_ids=ids, labels=ids).loss
+        loss.backward()
+        total, _, _ = parallel.agree(parallel.backward(many, samplers[1], 1, False), False)
+        worst = max(worst, abs(total - float(loss)))
+        for (name, p), q in zip(many.named_parameters(), one.parameters(), strict=True):
+            error = (p.grad.full_tensor() - q.grad).abs().max() / q.grad.abs().max().clamp(min=1)
+            assert q.grad.abs().max() > 0, name
+            worst = max(worst, float(error))
+    return worst
+
+
+@pytest.mark.parametrize(("world", "sequence_parallel"), [(2, 2), (3, 3), (4, 2), (4, 4), (2, 1)])
+def test_loss_and_parameter_gradients_equal_one_device(config, tmp_path, world, sequence_parallel):
+    answers = ranks.run(gradients, world, tmp_path / "ranks", config.data, sequence_parallel)
+    assert max(ranks.results(answers)) <= 1e-12
+
+
+def resume(config, until):
+    """Restore, compare every bit with the file, train on to step `until` and stop as after a signal."""
+    run = _Run(config)
+    path, _ = checkpoint.newest(config.output / "checkpoints")
+    differing = []
+    if path is not None:
+        full = run.parallel.full if run.parallel else (lambda x: x)
+        weights = {name: full(p.detach()) for name, p in run.model.named_parameters()}
+        states = run.optimizer.state_dict()["state"]
+        moments = {f"{i}.{k}": full(x) for i, state in states.items() for k, x in state.items()}
+        if run.parallel is None or run.parallel.rank == 0:
+            saved, _ = checkpoint.load(path)
+            for group, now in (("weights", weights), ("optimizer", moments)):
+                assert saved[group].keys() == now.keys()
+                differing += [k for k, x in now.items() if not torch.equal(x, saved[group][k])]
+    while run.step < until:
+        run.log(run.advance())
+    run.save()
+    run.close()
+    return differing
+
+
+def alone(*args):
+    del os.environ["WORLD_SIZE"]
+    return resume(*args)
+
+
+def test_a_run_goes_on_with_4_2_1_and_3_ranks_bit_for_bit(config, tmp_path):
+    whole = dataclasses.replace(config, output=tmp_path / "whole")
+    ranks.results(ranks.run(alone, 1, tmp_path / "ranks", whole, 8))
+    for world, sequence_parallel, until in ((4, 2, 2), (2, 2, 4), (1, 1, 6), (3, 3, 8)):
+        now = dataclasses.replace(config, sequence_parallel=sequence_parallel)
+        answers = ranks.run(resume if world > 1 else alone, world, tmp_path / "ranks", now, until)
+        assert not any(ranks.results(answers))
+    assert len(losses(config.output)) == 8
+    # The order of additions differs between layouts, and nothing else does: fp32 rounding over 8 steps.
+    for a, b in zip(losses(config.output), losses(tmp_path / "whole"), strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+
+
+def test_every_rank_names_each_field_that_differs_from_the_checkpoint(config, tmp_path):
+    ranks.results(ranks.run(resume, 2, tmp_path / "ranks", config, 2))
+    before = sorted(p.name for p in (config.output / "checkpoints").iterdir())
+    other = dataclasses.replace(config, model={**MODEL, "hidden_size": 32}, learning_rate=3e-3, seed=4)
+    answers = ranks.run(resume, 2, tmp_path / "ranks", other, 4)
+    for answer in answers:
+        assert answer["error"] == "ValueError"
+        for field in ("model", "learning_rate: checkpoint 0.01, now 0.003", "seed: checkpoint 0, now 4"):
+            assert field in answer["message"]
+    assert answers[0]["message"] == answers[1]["message"]
+    assert sorted(p.name for p in (config.output / "checkpoints").iterdir()) == before
+
+
+def disagreeing(config):
+    if os.environ["RANK"] == "1":
+        config = dataclasses.replace(config, sequence_length=53, learning_rate=5e-3, batch_size=0)
+    try:
+        train(config)
+    finally:
+        assert not dist.is_initialized()
+
+
+def test_ranks_that_disagree_fail_alike_before_the_first_collective(config, tmp_path):
+    answers = ranks.run(disagreeing, 2, tmp_path / "ranks", config)
+    assert {a["error"] for a in answers} == {"RanksDisagree"}
+    (message,) = {a["message"] for a in answers}
+    assert "sequence_length: 61 on rank 0; 53 on rank 1" in message
+    assert "learning_rate: 0.01 on rank 0; 0.005 on rank 1" in message
+    assert 'problem: "" on rank 0; "batch_size: expected at least 1; got 0" on rank 1' in message
+
+
+def check(reports, seconds=10.0):
+    """The errors of `preflight` on every rank; a report of None never arrives."""
+    store, errors = dist.HashStore(), {}
+
+    def rank(i):
+        with contextlib.suppress(Exception):
+            try:
+                preflight(store, i, len(reports), reports[i], timedelta(seconds=seconds))
+                errors[i] = None
+            except Exception as error:
+                errors[i] = error
+
+    threads = [threading.Thread(target=rank, args=(i,)) for i, r in enumerate(reports) if r is not None]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [errors.get(i) for i in range(len(reports))]
+
+
+def test_preflight_lists_versions_dtypes_and_missing_ranks():
+    report = {"torch": "2.13", "dtype": "bfloat16", "model": {"heads": 4}}
+    assert check([report] * 3) == [None] * 3
+    errors = check([report, {**report, "torch": "2.11", "dtype": "float16"}, report])
+    assert len({str(e) for e in errors}) == 1
+    assert isinstance(errors[0], RanksDisagree)
+    assert re.search(
+        r'dtype: "bfloat16" on rank 0, 2; "float16" on rank 1.*torch: "2.13" on rank 0, 2', str(errors[0])
+    )
+    assert "rank 1 of 2" in str(check([report, None], 0.2)[0])
+
+
+def test_layouts_that_cannot_be_are_refused():
+    assert check_layout(8, 4, 100, 6) == 2
+    for arguments, message in (
+        ((4, 3, 100, 4), "divisor of the 4 ranks"),
+        ((4, 2, 100, 3), "multiple of the 2 replicas"),
+        ((4, 4, 7, 1), "two tokens a rank"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_layout(*arguments)
+
+
+def faulty(config, fault, at=5):
+    """Train; rank 1 commits `fault` in step `at`, before the collectives of that step."""
+    original = Parallel.backward
+    calls = []
+
+    def backward(self, *args):
+        calls.append(1)
+        if self.rank == 1 and len(calls) == at:
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "raise":
+                raise RuntimeError("a fault of this rank alone")
+            if fault == "sleep":
+                time.sleep(300)
+        share = original(self, *args)
+        return math.nan if fault == "nan" and self.rank == 1 and len(calls) == at else share
+
+    Parallel.backward = backward
+    train(config)
+
+
+def test_one_broken_loss_stops_all_ranks_before_the_optimizer(config, tmp_path):
+    answers = ranks.run(faulty, 2, tmp_path / "ranks", config, "nan")
+    assert [a["error"] for a in answers] == ["NonFiniteLoss"] * 2
+    assert answers[0]["message"] == answers[1]["message"]
+    assert "step 5: loss nan (of rank 1)" in answers[0]["message"]
+    assert checkpoint.newest(config.output / "checkpoints")[0].name == "step-00000004"
+    assert len(losses(config.output)) == 4
+
+
+@pytest.mark.parametrize("fault", ["kill", "raise", "sleep"])
+def test_a_rank_that_dies_or_hangs_takes_the_others_with_it_and_a_restart_goes_on(config, tmp_path, fault):
+    config = dataclasses.replace(config, sequence_parallel=3, timeout=4.0 if fault == "sleep" else 20.0)
+    answers = ranks.run(faulty, 3, tmp_path / "ranks", config, fault, limit=config.timeout + 10)
+    for rank in (0, 2):
+        assert answers[rank]["code"] == 1
+        assert answers[rank]["seconds"] < config.timeout + 10
+    if fault == "kill":
+        assert answers[1]["killed"] == -signal.SIGKILL
+    assert answers[1].get("hung", False) == (fault == "sleep")
+    assert checkpoint.newest(config.output / "checkpoints")[0].name == "step-00000004"
+    if fault == "kill":
+        ranks.results(ranks.run(resume, 3, tmp_path / "ranks", config, 6))
+        assert len(losses(config.output)) == 6
+
+
+LAUNCHED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from longnet import cli
+from longnet.train.parallelize import Parallel
+original, calls = Parallel.backward, []
+def backward(self, *args):
+    calls.append(1)
+    at = {"0": 5, "1": 2}.get(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if self.rank == 1 and len(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args)
+Parallel.backward = backward
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_twice_and_resumes_with_the_same_losses(config, tmp_path):
+    """The command line under torchrun; two kills, because the second restart is where gloo used to hang for good."""
+    steady = dataclasses.replace(config, output=tmp_path / "whole", sequence_parallel=2)
+    ranks.results(ranks.run(resume, 2, tmp_path / "ranks", steady, 8))
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    options = {
+        "data": config.data,
+        "output": config.output,
+        "sequence-length": 61,
+        "batch-size": 12,
+        "steps": 8,
+    }
+    options |= {"warmup": 2, "learning-rate": 1e-2, "save-every": 2, "device": "cpu", "timeout": 60}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "2", "--monitor-interval", "0.1", str(script), "train"]
+    for name, value in {**options, "sequence-parallel": 2}.items():
+        command += [f"--{name}", str(value)]
+    command.append("--model")
+    command += [f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in MODEL.items()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 8, loss") == 1  # the leader alone prints
+    assert losses(config.output) == losses(tmp_path / "whole")
+    assert (config.output / "model" / "model.safetensors").exists()
+    assert not _alive(script)
+
+
+def _alive(script):
+    """Processes whose command line names the script."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(script).encode() in (folder / "cmdline").read_bytes():
+                found.append(folder.name)
+    return found
