@@ -126,13 +126,13 @@ def test_more_segments_than_a_library_call_takes(monkeypatch):
     tensors = random_inputs(5, 96, 4, 2)
     whole = with_gradients(*tensors, PAPER)
     monkeypatch.setattr(strided, "BATCH_LIMIT", 3)
-    sizes, real = [], strided._attend
+    sizes, real = [], strided.attend
 
     def counted(qkv, *rest):
         sizes.append(len(qkv[0]))
         return real(qkv, *rest)
 
-    monkeypatch.setattr(strided, "_attend", counted)
+    monkeypatch.setattr(strided, "attend", counted)
     for a, b in zip(with_gradients(*tensors, PAPER), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     assert max(sizes) == 3
