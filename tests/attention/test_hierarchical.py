@@ -92,6 +92,15 @@ def test_everything_opened_without_router_is_dense_attention(impl, causal):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_wider_than_the_text_is_dense_attention(causal):
+    q, k, v = inputs(1, 70, 2, 2)
+    out = hierarchical_attention(q, k, v, HierarchicalPattern(window_blocks=10**6), causal=causal).out
+    by_head = (x.transpose(1, 2) for x in (q, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=causal).transpose(1, 2)
+    torch.testing.assert_close(out, dense, atol=1e-12, rtol=0)
+
+
 def test_zero_logits_give_the_mean_of_all_tokens():
     """The entropy keeps the count of what was pooled: with nothing to tell keys apart, every token weighs the same."""
     _, k, v = inputs(1, 200, 2, 1)

@@ -143,11 +143,32 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
     assert len(written) > 4
     code, out, _ = longnet(*common, "--prompt", "the quick", "--stop", written[1:3], "xyz")
     assert out.rstrip("\n") == written[: written.index(written[1:3]) + 2]
+    penalised = longnet(
+        *common, "--prompt", "the quick", "--repetition-penalty", "1e9", "--repetition-window", 400
+    )
+    assert penalised[0] == 0
+    fresh = penalised[1].removesuffix("\n").replace("\ufffd", "")  # bytes that are no UTF-8 look alike
+    assert len(set(fresh)) == len(fresh)  # no byte twice, and none of the prompt
+    assert not set(fresh) & set("the quick")
     code, *_ = longnet(*common, "--prompt", "the quick", "--cache-out", tmp_path / "cache")
     assert code == 0
     code, out, _ = longnet(*common, "--prompt", " brown", "--cache-in", tmp_path / "cache")
     assert code == 0
     assert out.strip()
+    code, out, _ = longnet(
+        "generate",
+        "--model",
+        model,
+        "--max-new-tokens",
+        0,
+        "--prompt",
+        "the qu",
+        "--cache-out",
+        tmp_path / "read",
+    )
+    assert (code, out.strip()) == (0, "")
+    for _ in range(2):  # read once, ask many times: the file stays as it was
+        assert longnet(*common, "--prompt", "ick", "--cache-in", tmp_path / "read")[1] == written
 
 
 def test_the_commands_about_this_machine(longnet):

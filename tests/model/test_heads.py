@@ -76,6 +76,10 @@ def test_pooling_is_the_formula():
     torch.testing.assert_close(model(input_ids=row[None]).logits[0], expected)
 
 
+def test_hierarchical_layers_are_read_in_one_pass():
+    assert piece_tokens(LongNetConfig(**{**SMALL, "attention": "hierarchical"})) is None
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("cls", [LongNetForSequenceClassification, LongNetForTokenClassification])
 def test_pieces_equal_the_whole_with_gradients(cls, bidirectional):

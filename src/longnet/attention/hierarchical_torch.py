@@ -161,9 +161,12 @@ def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_t
     blocks, rows = q_local.shape[1:3]
     block, window, device = pattern.block, pattern.window_blocks, q_local.device
     first_block = position // block
-    reach = window if causal else 2 * window - 1
+    # No farther than the text goes: a window may be wider than everything there is.
+    left = min(window - 1, first_block + blocks - 1)
+    right = 0 if causal else min(window - 1, max(0, (num_tokens - 1) // block - first_block))
     block_index = torch.arange(first_block, first_block + blocks, device=device)
-    token = (block_index - window + 1)[:, None] * block + torch.arange(reach * block, device=device)
+    reach = torch.arange((left + 1 + right) * block, device=device)
+    token = (block_index - left)[:, None] * block + reach
     row = position + torch.arange(blocks * rows, device=device).view(blocks, rows)
     ok = (token >= 0) & (token < num_tokens)
     at = (token - far.first_token).clamp(0, k_local.shape[1] - 1)

@@ -9,7 +9,9 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 import longnet
+from longnet.cli.classify import classify
 from longnet.cli.demo import demo
+from longnet.cli.extract import extract
 from longnet.cli.machine import bench, doctor, explain
 from longnet.cli.read import evaluate, generate
 from longnet.cli.recipe import expand, registry
@@ -21,6 +23,8 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "classify": classify,
+    "extract": extract,
     "explain": explain,
     "doctor": doctor,
     "bench": bench,

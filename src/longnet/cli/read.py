@@ -97,6 +97,8 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = 0.95,
+    repetition_penalty: float = 1.0,
+    repetition_window: int = 256,
     seed: int | None = None,
     stop: tuple[str, ...] = (),
     cache_in: Path | None = None,
@@ -112,6 +114,8 @@ def generate(
         temperature: 0 always takes the likeliest byte.
         top_k: Sample among the k likeliest.
         top_p: Sample among the fewest bytes that hold this much probability.
+        repetition_penalty: Above 1 weakens the bytes among the last --repetition-window; 1 switches it off.
+        repetition_window: How far back the penalty looks.
         seed: Makes the result repeatable.
         stop: Texts that end the continuation.
         cache_in: Continue what was read before: a file made by --cache-out.
@@ -134,6 +138,8 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        repetition_window=repetition_window,
         seed=seed,
         cache=cache,
         eos_token_id=text.EOS,

@@ -104,10 +104,10 @@ class LongNetForSequenceClassification(_Reader):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # pyrefly: ignore - never None here
         self.pooling = AttentionPooling(config.hidden_size, config.num_attention_heads)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(
@@ -186,9 +186,9 @@ class LongNetForTokenClassification(_Reader):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # pyrefly: ignore - never None here
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(

@@ -23,12 +23,11 @@ def piece_tokens(config: LongNetConfig, most: int = PIECE_TOKENS) -> int | None:
 
     Two tokens see each other only inside a segment; at a common multiple of all segment lengths every segment ends, so
     the states of a piece, read at its global position, are those of the whole document. None where tokens further apart
-    than any segment see each other (patterns without segments): such a document has to be read in one pass.
+    than any segment see each other (hierarchical layers): such a document has to be read in one pass.
     """
-    segments = getattr(config.pattern(), "segment_lengths", None)
-    if segments is None:
+    if "hierarchical" in config.attention_kinds():
         return None
-    unit = math.lcm(*segments)
+    unit = math.lcm(*config.pattern().segment_lengths)
     return unit * max(1, most // unit)
 
 

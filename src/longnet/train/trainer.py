@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from longnet.integrations.tokenizer import byte_tokenizer
-from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.train import checkpoint
 from longnet.train.chunked import choose_chunk, chunked_backward
 from longnet.train.data import TokenDataset, WindowSampler
+from longnet.train.masking import mask_spans
 from longnet.train.monitor import Monitor, plot
 
 # May differ between a run and its continuation: they do not change what a step computes.
@@ -41,6 +42,8 @@ class TrainConfig:
     """Directory made by `longnet prepare`."""
     output: Path
     """Where checkpoints, metrics.jsonl, loss.png and the final model go."""
+    objective: Literal["causal", "mlm"] = "causal"
+    """causal: predict the next byte; mlm: fill in masked spans with a bidirectional model, to fine-tune it on a task."""
     preset: str = "tiny"
     """Model size: tiny, mini, small, base, large, xl."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -167,7 +170,7 @@ class _Run:
         self.sampler = WindowSampler(dataset, config.sequence_length, config.batch_size, config.seed)
         self.monitor = Monitor(config, dataset)
         torch.manual_seed(config.seed)
-        self.model = LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
+        self.model = _build(config)
         torch.nn.Module.to(self.model, self.device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -193,8 +196,12 @@ class _Run:
         self.model.train()
         total = 0.0
         for _ in range(config.accumulation):
-            ids = self.sampler.next_batch().to(self.device, non_blocking=True)
-            total += float(self.backward(ids)) / config.accumulation
+            ids = labels = self.sampler.next_batch()
+            if config.objective == "mlm":
+                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
+                ids, labels = mask_spans(ids, (config.seed, self.sampler.drawn))
+            ids, labels = (x.to(self.device, non_blocking=True) for x in (ids, labels))
+            total += float(self.backward(ids, labels)) / config.accumulation
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteLoss(
@@ -218,15 +225,15 @@ class _Run:
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
 
-    def backward(self, ids: Tensor) -> Tensor:
+    def backward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if config.sequence_strategy == "chunked":
-                targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
+                targets = torch.cat((labels[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
                 chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
                 return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
-            loss = self.forward(input_ids=ids, labels=ids).loss
+            loss = self.forward(input_ids=ids, labels=labels).loss
         (loss / config.accumulation).backward()
         return loss.detach()
 
@@ -355,6 +362,12 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in fields.items() if k not in _FREE_FIELDS}))
 
 
+def _build(config: TrainConfig) -> LongNetForCausalLM | LongNetForMaskedLM:
+    if config.objective == "causal":
+        return LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
+    return LongNetForMaskedLM(LongNetConfig.preset(config.preset, **{**config.model, "bidirectional": True}))
+
+
 def _check(config: TrainConfig) -> None:
     known = LongNetConfig.preset(config.preset).to_dict()
     unknown = [name for name in config.model if name not in known]
@@ -368,6 +381,11 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(
             f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
             "says what is there"
+        )
+    if config.objective == "mlm" and (config.eval_every or config.sample_every):
+        raise ValueError(
+            "eval_every and sample_every: expected 0 with objective 'mlm', which predicts no next byte; got"
+            f" {config.eval_every} and {config.sample_every}"
         )
     for name in (
         "sequence_length",
@@ -389,8 +407,10 @@ def _check(config: TrainConfig) -> None:
     if config.chunk_tokens is not None and config.chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
     kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
-    if config.sequence_strategy == "chunked" and "hierarchical" in kinds:
-        raise ValueError("sequence_strategy: expected 'whole' for a model with hierarchical layers; got 'chunked'")
+    if config.sequence_strategy == "chunked" and ("hierarchical" in kinds or config.objective != "causal"):
+        raise ValueError(
+            "sequence_strategy: expected 'whole' for hierarchical layers and for masked spans; got 'chunked'"
+        )
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")

@@ -1,0 +1,1 @@
+"""Applications: classify whole documents, extract what they say. Texts in, records with character offsets out."""
