@@ -206,7 +206,7 @@ def test_help_explains_every_option(longnet, command):
     bare = [line for line in out.splitlines() if re.match(r"│ --[\w-]+( \S+)? +\((default|required)", line)]
     assert f"longnet {command}" in out
     assert not bare, bare
-    assert options or command == "doctor"
+    assert options or "subcommands" in out or command == "doctor"
 
 
 @pytest.mark.parametrize(

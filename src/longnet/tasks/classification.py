@@ -62,8 +62,8 @@ class DocumentClassifier:
     """A trained model with its labels.
 
     Example:
-        classifier = DocumentClassifier.load(Path("run"))
-        classifier.predict(["a long text"])[0].labels
+        >>> classifier = DocumentClassifier.load(Path("run"))  # doctest: +SKIP
+        >>> classifier.predict(["a long text"])[0].labels  # doctest: +SKIP
         ['fiction']
     """
 

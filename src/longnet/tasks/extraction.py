@@ -114,7 +114,7 @@ class EntityExtractor:
     """A trained model with its labels.
 
     Example:
-        EntityExtractor.load(Path("run")).extract(["Call me Ishmael."])
+        >>> EntityExtractor.load(Path("run")).extract(["Call me Ishmael."])  # doctest: +SKIP
         [[(8, 15, 'PER')]]
     """
 
