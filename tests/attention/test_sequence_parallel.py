@@ -30,6 +30,7 @@ def poison():
 
 def start():
     dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.barrier()  # a rank that ended while another still connects would take the store with it
     poison()
     return dist.get_rank(), dist.get_world_size()
 
@@ -150,6 +151,7 @@ def misfit():
         with pytest.raises(ValueError) as error:
             call()
         messages.append(str(error.value))
+    dist.barrier()
     return messages
 
 

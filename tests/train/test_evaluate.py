@@ -89,3 +89,27 @@ def test_impossible_windows_are_refused(model, ids, change):
 def test_a_text_without_a_prediction_is_refused(model, text):
     with pytest.raises(ValueError, match="two tokens"):
         stream(model, np.array(text))
+
+
+def test_a_stream_stopped_and_continued_counts_like_one(model, ids):
+    network, ids = model, ids[:301]
+    whole = stream(network, ids, chunk=40, first_bucket=64)
+    cache = LongNetCache(network.config, 1)
+    asked = []
+    first = stream(
+        network,
+        ids,
+        chunk=40,
+        first_bucket=64,
+        cache=cache,
+        stop=lambda: bool(asked.append(1)) or len(asked) == 3,
+    )
+    assert first.tokens == 120 == cache.host_positions[0]
+    rest = stream(network, ids[120:], chunk=40, first_bucket=64, cache=cache)
+    assert first.tokens + rest.tokens == whole.tokens
+    total = sum(
+        bits * (high - low)
+        for report in (first, rest)
+        for bits, low, high in zip(report.bits_per_byte, report.borders, report.borders[1:], strict=False)
+    )
+    assert total == pytest.approx(whole.mean * whole.tokens, rel=1e-5)

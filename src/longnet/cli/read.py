@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,9 @@ def evaluate(
     window: int | None = None,
     windows: int = 16,
     batch_size: int = 1,
+    cache_in: Path | None = None,
+    cache_out: Path | None = None,
+    max_seconds: float | None = None,
 ) -> None:
     """Bits per byte and perplexity by position, with memory that stays flat.
 
@@ -43,14 +48,34 @@ def evaluate(
         window: Predictions in a window.
         windows: Windows, spread over the file.
         batch_size: Windows read at once.
+        cache_in: Go on with a stream where this cache, made by --cache-out on the same file, stopped.
+        cache_out: Save what was read, to go on later or to generate from it.
+        max_seconds: Stop after this long; with --cache-out nothing is lost.
     """
+    if window is not None and (cache_in or cache_out or max_seconds is not None):
+        raise ValueError(
+            "expected --cache-in, --cache-out and --max-seconds without --window: windows are read from nothing"
+        )
     if file.is_dir():
         ids: np.ndarray = TokenDataset(file).split("validation")[:max_bytes]
     else:
         ids = _bytes_of(file, max_bytes)
     network = load_model(model)
     if window is None:
-        print_report(stream_with_bar(network, ids, chunk))
+        cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None
+        done = cache.host_positions[0] if cache else 0
+        if len(ids) - done < 2:
+            raise ValueError(
+                f"expected more than the {done} tokens that {cache_in} has read; got a file of {len(ids)}"
+            )
+        if cache is None:
+            cache = LongNetCache(network.config, 1, network.device, network.dtype)
+        print_report(stream_with_bar(network, ids[done:], chunk, cache, max_seconds))
+        if cache_out:
+            cache.save(cache_out)
+            print(
+                f"read {cache.host_positions[0]} of {len(ids)} tokens so far; go on with --cache-in {cache_out}"
+            )
         return
     with _bar(min(windows, (len(ids) - 1) // max(1, window)) * window) as show:
         report = by_position(
@@ -70,9 +95,18 @@ def _bar(total: int) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def stream_with_bar(model: LongNetForCausalLM, ids: np.ndarray, chunk: int) -> StreamReport:
+def stream_with_bar(
+    model: LongNetForCausalLM,
+    ids: np.ndarray,
+    chunk: int,
+    cache: LongNetCache | None = None,
+    max_seconds: float | None = None,
+) -> StreamReport:
+    end = time.monotonic() + (math.inf if max_seconds is None else max_seconds)
     with _bar(len(ids) - 1) as show:
-        return stream(model, ids, chunk=chunk, on_chunk=show)
+        return stream(
+            model, ids, chunk=chunk, cache=cache, on_chunk=show, stop=lambda: time.monotonic() > end
+        )
 
 
 def print_report(report: StreamReport) -> None:

@@ -52,6 +52,7 @@ def stream(
     first_bucket: int = 256,
     cache: LongNetCache | None = None,
     on_chunk: Callable[[int, int], None] = lambda tokens, cache_bytes: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StreamReport:
     """Read ids (N,) chunk by chunk through a `LongNetCache`; memory does not grow with N beyond the cache's formula.
 
@@ -61,6 +62,7 @@ def stream(
         cache: continue what this cache, of one sequence, has read: ids[0] follows it and has its position. Afterwards it
             has read all but the last id.
         on_chunk: called with (predictions made, bytes of the cache).
+        stop: asked after every chunk; the report then covers what was read.
 
     Raises:
         ValueError: fewer than two tokens, a chunk below one, or a cache of another batch size.
@@ -81,7 +83,13 @@ def stream(
     started = time.perf_counter()
     for first, losses in _losses(model, ids[None], chunk, cache):
         sums += _by_bucket(borders, begin + first, losses)[0]
-        on_chunk(first + losses.shape[1], cache.nbytes())
+        done = first + losses.shape[1]
+        on_chunk(done, cache.nbytes())
+        if done < count and stop():
+            count = done
+            borders = _borders(begin, begin + count, first_bucket)
+            sums = sums[: len(borders) - 1]
+            break
     bits = sums / np.diff(borders) / math.log(2)
     seconds = time.perf_counter() - started
     return StreamReport(count, tuple(borders), tuple(bits.tolist()), cache.nbytes(), seconds)
