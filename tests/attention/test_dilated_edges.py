@@ -9,7 +9,7 @@ import torch
 
 from conftest import assert_within_budget
 from longnet import DilatedPattern, dilated_attention
-from longnet.attention import strided
+from longnet.attention import pieces, strided
 from longnet.attention.reference import multiplicity
 
 # The paper's ({2048, 4096, 8192, 16384, 32768}, {1, 2, 4, 6, 12}), 128 times smaller: 6 and 12 divide no segment length.
@@ -125,7 +125,7 @@ def test_expanded_inputs(axis):
 def test_more_segments_than_a_library_call_takes(monkeypatch):
     tensors = random_inputs(5, 96, 4, 2)
     whole = with_gradients(*tensors, PAPER)
-    monkeypatch.setattr(strided, "BATCH_LIMIT", 3)
+    monkeypatch.setattr(pieces, "BATCH_LIMIT", 3)
     sizes, real = [], strided.attend
 
     def counted(qkv, *rest):
