@@ -11,6 +11,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 tyro = pytest.importorskip("tyro")
@@ -171,7 +172,7 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
         assert longnet(*common, "--prompt", "ick", "--cache-in", tmp_path / "read")[1] == written
 
 
-def test_the_commands_about_this_machine(longnet):
+def test_the_commands_about_this_machine(longnet, tmp_path):
     code, out, _ = longnet("doctor")
     assert code == 0
     assert "torch" in out
@@ -179,6 +180,14 @@ def test_the_commands_about_this_machine(longnet):
     code, out, _ = longnet("explain", "--tokens", 8192)
     assert code == 0
     assert "streaming cache" in out
+    for kind in ("dilated", "hierarchical"):
+        picture = tmp_path / f"{kind}.png"
+        code, out, _ = longnet(
+            "explain", "--tokens", 700, "--window", 64, "--attention", kind, "--plot", picture
+        )
+        assert code == 0
+        assert str(picture) in out
+        assert picture.stat().st_size > 5000
     code, out, _ = longnet(
         "bench", "--tokens", 256, "--heads", 2, "--head-width", 16, "--window", 64, "--repeats", 2
     )
@@ -277,3 +286,19 @@ def test_the_recipes_readme_names_every_recipe():
     assert len(RECIPES) >= 3
     text = (RECIPES[0].parent / "README.md").read_text()
     assert all(f"({recipe.name})" in text for recipe in RECIPES)
+
+
+def test_pictures_show_who_sees_whom():
+    from longnet import DilatedPattern, HierarchicalPattern
+    from longnet.cli.explain import SHOWN, dilated_picture, tree_picture
+
+    tokens = SHOWN + 100
+    tree = tree_picture(HierarchicalPattern(block=4, radix=3, window_blocks=2, top_k=0), tokens)
+    assert tree.shape == (SHOWN, SHOWN)
+    assert (tree[np.tril_indices(SHOWN)] >= 1).all()  # every earlier token is seen, by itself or in a summary
+    assert (tree[np.triu_indices(SHOWN, 1)] == 0).all()
+    assert tree[-1, -1] == 1
+    assert tree[-1, 0] > 4
+    dilated = dilated_picture(DilatedPattern((8, 64), (1, 8)), 64, 1)
+    assert dilated[63].sum() == 8  # the last token is at no offset of the coarse branch
+    assert dilated[56].sum() == 1 + 8

@@ -11,8 +11,9 @@ from transformers.utils.logging import disable_progress_bar
 import longnet
 from longnet.cli.classify import classify
 from longnet.cli.demo import demo
+from longnet.cli.explain import explain
 from longnet.cli.extract import extract
-from longnet.cli.machine import bench, doctor, explain
+from longnet.cli.machine import bench, doctor
 from longnet.cli.read import evaluate, generate
 from longnet.cli.recipe import expand, registry
 from longnet.cli.train import prepare, train

@@ -1,4 +1,4 @@
-"""The commands about this machine: explain, doctor, bench."""
+"""The commands about this machine: doctor, bench."""
 
 from __future__ import annotations
 
@@ -11,42 +11,6 @@ import torch
 
 import longnet
 from longnet import DilatedPattern, dilated_attention
-
-
-def explain(
-    tokens: int = 65536,
-    heads: int = 12,
-    key_heads: int = 12,
-    head_width: int = 64,
-    window: int = 2048,
-    ratio: int = 2,
-) -> None:
-    """Which attention path this machine takes, and what a geometric pattern costs at this length.
-
-    Args:
-        tokens: Sequence length.
-        heads: Query heads.
-        key_heads: Key and value heads; fewer than query heads is grouped-query attention.
-        head_width: Width of a head.
-        window: Shortest segment.
-        ratio: By which segments and dilation rates grow.
-    """
-    pattern = DilatedPattern.geometric(tokens, window, ratio)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    q = torch.empty(1, 1, heads, head_width, device=device, dtype=dtype).expand(-1, tokens, -1, -1)
-    k = torch.empty(1, 1, key_heads, head_width, device=device, dtype=dtype).expand(-1, tokens, -1, -1)
-    print(longnet.explain(q, k, k, pattern))
-    pairs = pattern.visible_pairs(tokens, heads)
-    dense = heads * tokens * (tokens + 1) // 2
-    print(f"branches (segment length, dilation rate): {pattern.branches}")
-    print(
-        f"keys per query: {pairs / heads / tokens:.0f} on average; dense attention: {dense / heads / tokens:.0f}"
-    )
-    print(
-        f"forward: {pattern.flops(tokens, heads, head_width) / 1e9:.1f} GFLOP, {dense / pairs:.1f} times less than dense"
-    )
-    entries = pattern.cache_entries(heads, key_heads)
-    print(f"streaming cache: {entries} keys per layer, {entries * head_width * 4 / 2**20:.1f} MiB in 16 bits")
 
 
 def doctor() -> None:
