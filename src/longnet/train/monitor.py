@@ -20,7 +20,7 @@ from longnet.train.data import TokenDataset
 from longnet.train.evaluate import by_position
 
 if TYPE_CHECKING:
-    from longnet.train.trainer import TrainConfig
+    from longnet.train.config import TrainConfig
 
 _SAMPLE_PROMPT = 256
 _SAMPLE_TOKENS = 200

@@ -10,10 +10,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,89 +22,14 @@ from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.train import checkpoint, parallelize
 from longnet.train.chunked import choose_chunk, chunked_backward
+from longnet.train.config import TrainConfig, check, identity
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
 from longnet.train.monitor import Monitor, plot
 
-# May differ between a run and its continuation: they do not change what a step computes.
-_FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
-_FREE_FIELDS += ("on_save_error", "eval_every", "eval_windows", "sample_every", "tensorboard")
-_FREE_FIELDS += ("sequence_parallel", "timeout")
-
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient norm stopped being a number; raised before the optimizer step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What `longnet train` does."""
-
-    data: Path
-    """Directory made by `longnet prepare`."""
-    output: Path
-    """Where checkpoints, metrics.jsonl, loss.png and the final model go."""
-    objective: Literal["causal", "mlm"] = "causal"
-    """causal: predict the next byte; mlm: fill in masked spans with a bidirectional model, to fine-tune it on a task."""
-    preset: str = "tiny"
-    """Model size: tiny, mini, small, base, large, xl."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Overrides of the preset's fields, such as num_hidden_layers=2 segment_lengths=[256,4096] dilation_rates=[1,16]."""
-    sequence_length: int = 2048
-    """Tokens in a training window."""
-    batch_size: int = 4
-    """Windows in one forward pass."""
-    accumulation: int = 1
-    """Forward passes in one optimizer step."""
-    steps: int = 1000
-    """Optimizer steps."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    warmup: int = 50
-    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's running means of the gradient and of its square."""
-    weight_decay: float = 0.1
-    """On matrices only; not on norms and embeddings."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    bf16: bool | None = None
-    """bfloat16 autocast; weights, their gradients and AdamW stay float32. None: on CUDA, not on the CPU."""
-    compile: bool = False
-    """torch.compile the model."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass instead of keeping their activations."""
-    sequence_strategy: Literal["whole", "chunked"] = "whole"
-    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
-    chunk_tokens: int | None = None
-    """Tokens of a chunk; None takes the size that needs the least memory."""
-    seed: int = 0
-    """Of initial weights and data order."""
-    save_every: int = 200
-    """Steps between checkpoints."""
-    keep: int = 2
-    """Checkpoints kept."""
-    on_save_error: Literal["stop", "continue"] = "stop"
-    """What to do when a checkpoint or a record cannot be written, say on a full disk; the last checkpoint must be written."""
-    log_every: int = 1
-    """Steps between records in metrics.jsonl."""
-    eval_every: int = 0
-    """Steps between evaluations on held-out text, by position; 0: none."""
-    eval_windows: int = 16
-    """Windows of an evaluation."""
-    sample_every: int = 0
-    """Steps between samples that continue held-out text; 0: none."""
-    tensorboard: bool = False
-    """Also write everything to OUTPUT/tensorboard."""
-    resume: str = "auto"
-    """auto: continue from the newest intact checkpoint in the output folder; never: refuse a folder that has one; a path, of
-    another run's output folder or of one checkpoint: start there if the output folder has none."""
-    device: str = "auto"
-    """auto: CUDA where there is one, else CPU."""
-    sequence_parallel: int = 1
-    """Ranks that share one window, under torchrun; the other ranks divide the batch. Fewer or more may continue a run."""
-    timeout: float = 600
-    """Seconds that a rank waits for another, a checkpoint being written included, before it gives up."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +95,7 @@ class _Run:
     def __init__(self, config: TrainConfig) -> None:
         many = parallelize.world_size() > 1
         if not many:
-            _check(config)
+            check(config)
         self.config = config
         name = config.device
         if name == "auto":
@@ -180,7 +105,7 @@ class _Run:
         if many:
             # Checked only after the comparison: a mistake of one rank alone is a disagreement that all ranks report.
             parallelize.connect(_preflight(config), self.device, timedelta(seconds=config.timeout))
-            _check(config)
+            check(config)
         dataset = TokenDataset(config.data)
         self.sampler = WindowSampler(dataset, config.sequence_length, config.batch_size, config.seed)
         leader = parallelize.is_leader()
@@ -308,7 +233,7 @@ class _Run:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {"step": self.step, "data": self.sampler.state_dict(), "config": _identity(self.config)}
+        state = {"step": self.step, "data": self.sampler.state_dict(), "config": identity(self.config)}
         groups: checkpoint.Groups = {"weights": weights, "optimizer": moments, "random": random}
         folder = self.config.output / "checkpoints"
 
@@ -362,7 +287,7 @@ class _Run:
         if path is None:
             return None
         tensors, state = checkpoint.load(path)
-        now = _identity(self.config)
+        now = identity(self.config)
         differing = [
             f"{k}: checkpoint {state['config'].get(k)!r}, now {now[k]!r}"
             for k in now
@@ -455,16 +380,11 @@ def _truncate_metrics(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
-    return json.loads(json.dumps({k: v for k, v in fields.items() if k not in _FREE_FIELDS}))
-
-
 def _preflight(config: TrainConfig) -> dict[str, Any]:
     """What all ranks must agree on before they talk: everything that changes a step, and the text itself."""
     sources, model, problem = "", {}, ""
     try:
-        _check(config)
+        check(config)
         sources = TokenDataset(config.data).meta["sources"]
         model = LongNetConfig.preset(config.preset, **config.model).to_dict()
     except ValueError as error:
@@ -473,7 +393,7 @@ def _preflight(config: TrainConfig) -> dict[str, Any]:
     names = ("accumulation", "log_every", "resume", "on_save_error")
     free |= {name: getattr(config, name) for name in names}
     fields = {
-        **_identity(config),
+        **identity(config),
         **free,
         "data": sources,
         "problem": problem,
@@ -488,72 +408,6 @@ def _build(config: TrainConfig) -> LongNetForCausalLM | LongNetForMaskedLM:
     if config.objective == "causal":
         return LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
     return LongNetForMaskedLM(LongNetConfig.preset(config.preset, **{**config.model, "bidirectional": True}))
-
-
-def _check(config: TrainConfig) -> None:
-    world = parallelize.world_size()
-    if config.sequence_parallel < 1 or not config.timeout > 0:
-        raise ValueError(
-            f"expected sequence_parallel >= 1 and timeout > 0; got {config.sequence_parallel}, {config.timeout}"
-        )
-    alone = (
-        config.eval_every,
-        config.sample_every,
-        config.compile,
-        config.sequence_strategy,
-        config.objective,
-    )
-    if world > 1 and alone != (0, 0, False, "whole", "causal"):
-        raise ValueError(
-            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' and 'causal' with "
-            f"{world} ranks; got {alone}; evaluate checkpoints with `longnet eval`"
-        )
-    known = LongNetConfig.preset(config.preset).to_dict()
-    unknown = [name for name in config.model if name not in known]
-    if unknown:  # a configuration keeps unknown fields without a word
-        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
-    try:
-        device = torch.device("cpu" if config.device == "auto" else config.device)
-    except RuntimeError as error:
-        raise ValueError(f'device: expected "auto", "cpu" or "cuda"; got {config.device!r}') from error
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(
-            f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
-            "says what is there"
-        )
-    if config.objective == "mlm" and (config.eval_every or config.sample_every):
-        raise ValueError(
-            "eval_every and sample_every: expected 0 with objective 'mlm', which predicts no next byte; got"
-            f" {config.eval_every} and {config.sample_every}"
-        )
-    for name in (
-        "sequence_length",
-        "batch_size",
-        "accumulation",
-        "steps",
-        "save_every",
-        "keep",
-        "log_every",
-        "eval_windows",
-    ):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected at least 1; got {getattr(config, name)}")
-    for name in ("warmup", "weight_decay", "eval_every", "sample_every"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name}: expected at least 0; got {getattr(config, name)}")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
-    if config.chunk_tokens is not None and config.chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
-    kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
-    if config.sequence_strategy == "chunked" and ("hierarchical" in kinds or config.objective != "causal"):
-        raise ValueError(
-            "sequence_strategy: expected 'whole' for hierarchical layers and for masked spans; got 'chunked'"
-        )
-    for name in ("learning_rate", "clip"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
-    parallelize.check_layout(world, config.sequence_parallel, config.sequence_length, config.batch_size)
 
 
 @contextmanager

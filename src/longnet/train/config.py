@@ -1,0 +1,161 @@
+"""What `longnet train` does: its options, their checks, and what of them a continuation may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from longnet.model import LongNetConfig
+from longnet.train import parallelize
+
+# May differ between a run and its continuation: they do not change what a step computes.
+_FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
+_FREE_FIELDS += ("on_save_error", "eval_every", "eval_windows", "sample_every", "tensorboard")
+_FREE_FIELDS += ("sequence_parallel", "timeout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What `longnet train` does."""
+
+    data: Path
+    """Directory made by `longnet prepare`."""
+    output: Path
+    """Where checkpoints, metrics.jsonl, loss.png and the final model go."""
+    objective: Literal["causal", "mlm"] = "causal"
+    """causal: predict the next byte; mlm: fill in masked spans with a bidirectional model, to fine-tune it on a task."""
+    preset: str = "tiny"
+    """Model size: tiny, mini, small, base, large, xl."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the preset's fields, such as num_hidden_layers=2 segment_lengths=[256,4096] dilation_rates=[1,16]."""
+    sequence_length: int = 2048
+    """Tokens in a training window."""
+    batch_size: int = 4
+    """Windows in one forward pass."""
+    accumulation: int = 1
+    """Forward passes in one optimizer step."""
+    steps: int = 1000
+    """Optimizer steps."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 50
+    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's running means of the gradient and of its square."""
+    weight_decay: float = 0.1
+    """On matrices only; not on norms and embeddings."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    bf16: bool | None = None
+    """bfloat16 autocast; weights, their gradients and AdamW stay float32. None: on CUDA, not on the CPU."""
+    compile: bool = False
+    """torch.compile the model."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping their activations."""
+    sequence_strategy: Literal["whole", "chunked"] = "whole"
+    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
+    chunk_tokens: int | None = None
+    """Tokens of a chunk; None takes the size that needs the least memory."""
+    seed: int = 0
+    """Of initial weights and data order."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint or a record cannot be written, say on a full disk; the last checkpoint must be written."""
+    log_every: int = 1
+    """Steps between records in metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out text, by position; 0: none."""
+    eval_windows: int = 16
+    """Windows of an evaluation."""
+    sample_every: int = 0
+    """Steps between samples that continue held-out text; 0: none."""
+    tensorboard: bool = False
+    """Also write everything to OUTPUT/tensorboard."""
+    resume: str = "auto"
+    """auto: continue from the newest intact checkpoint in the output folder; never: refuse a folder that has one; a path, of
+    another run's output folder or of one checkpoint: start there if the output folder has none."""
+    device: str = "auto"
+    """auto: CUDA where there is one, else CPU."""
+    sequence_parallel: int = 1
+    """Ranks that share one window, under torchrun; the other ranks divide the batch. Fewer or more may continue a run."""
+    timeout: float = 600
+    """Seconds that a rank waits for another, a checkpoint being written included, before it gives up."""
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    return json.loads(json.dumps({k: v for k, v in fields.items() if k not in _FREE_FIELDS}))
+
+
+def check(config: TrainConfig) -> None:
+    world = parallelize.world_size()
+    if config.sequence_parallel < 1 or not config.timeout > 0:
+        raise ValueError(
+            f"expected sequence_parallel >= 1 and timeout > 0; got {config.sequence_parallel}, {config.timeout}"
+        )
+    alone = (
+        config.eval_every,
+        config.sample_every,
+        config.compile,
+        config.sequence_strategy,
+        config.objective,
+    )
+    if world > 1 and alone != (0, 0, False, "whole", "causal"):
+        raise ValueError(
+            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' and 'causal' with "
+            f"{world} ranks; got {alone}; evaluate checkpoints with `longnet eval`"
+        )
+    known = LongNetConfig.preset(config.preset).to_dict()
+    unknown = [name for name in config.model if name not in known]
+    if unknown:  # a configuration keeps unknown fields without a word
+        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    try:
+        device = torch.device("cpu" if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f'device: expected "auto", "cpu" or "cuda"; got {config.device!r}') from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device: expected one of the {count} CUDA devices that torch sees, or cpu; got {config.device!r}; `longnet doctor` "
+            "says what is there"
+        )
+    if config.objective == "mlm" and (config.eval_every or config.sample_every):
+        raise ValueError(
+            "eval_every and sample_every: expected 0 with objective 'mlm', which predicts no next byte; got"
+            f" {config.eval_every} and {config.sample_every}"
+        )
+    for name in (
+        "sequence_length",
+        "batch_size",
+        "accumulation",
+        "steps",
+        "save_every",
+        "keep",
+        "log_every",
+        "eval_windows",
+    ):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected at least 1; got {getattr(config, name)}")
+    for name in ("warmup", "weight_decay", "eval_every", "sample_every"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name}: expected at least 0; got {getattr(config, name)}")
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
+    if config.chunk_tokens is not None and config.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
+    kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
+    if config.sequence_strategy == "chunked" and ("hierarchical" in kinds or config.objective != "causal"):
+        raise ValueError(
+            "sequence_strategy: expected 'whole' for hierarchical layers and for masked spans; got 'chunked'"
+        )
+    for name in ("learning_rate", "clip"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
+    parallelize.check_layout(world, config.sequence_parallel, config.sequence_length, config.batch_size)
