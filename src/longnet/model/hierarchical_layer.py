@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from longnet.attention.hierarchical import HierarchicalImpl, hierarchical_attention
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_torch import Parameters
-from longnet.model.layers import LongNetRMSNorm, apply_rotary
+from longnet.model.layers import LongNetProjections, apply_rotary
 
 if TYPE_CHECKING:
     from longnet.model.cache import LongNetCache
     from longnet.model.config import LongNetConfig
 
 
-class LongNetHierarchicalAttention(nn.Module):
+class LongNetHierarchicalAttention(LongNetProjections):
     """Grouped-query hierarchical attention: (B, N, hidden) -> (B, N, hidden).
 
     Keys pass a short causal depthwise convolution, added to them, before the norm: k_t + sum_j c_j k_{t-j}. Rotary turns act
@@ -28,19 +28,9 @@ class LongNetHierarchicalAttention(nn.Module):
     """
 
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
-        super().__init__()
-        self.layer_index = layer_index
-        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
+        super().__init__(config, layer_index)
         self.pattern = config.hierarchical_pattern()
-        self.causal = not config.bidirectional
         self.impl: HierarchicalImpl | None = "reference" if config.attention_impl == "reference" else None
-        width = (self.heads + 2 * self.key_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.o_proj.writes_residual = True  # pyrefly: ignore
-        self.q_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.prior_query = nn.Parameter(torch.zeros(self.key_heads, self.head_dim))
         self.level_bias = nn.Parameter(torch.zeros(self.heads, self.pattern.most_levels()))
         self.router_mix = nn.Parameter(torch.ones(self.heads))

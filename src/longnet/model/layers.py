@@ -64,28 +64,35 @@ class LongNetRMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class LongNetAttention(nn.Module):
-    """Dilated grouped-query attention with RMS-normed, rotary-turned queries and keys.
-
-    (B, N, hidden) -> (B, N, hidden). With a cache, the N tokens continue what the cache has read.
-    """
+class LongNetProjections(nn.Module):
+    """What attention layers share: queries, keys and values from the hidden states, their norms, and the way back."""
 
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.pattern = config.pattern()
         self.causal = not config.bidirectional
-        self.impl = config.attention_impl
-        # Set from outside (train/parallelize.py) where the tokens are one rank's part of a longer sequence.
-        self.sequence_parallel: SequenceParallel | None = None
         width = (self.heads + 2 * self.key_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.o_proj.writes_residual = True  # pyrefly: ignore
         self.q_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+
+class LongNetAttention(LongNetProjections):
+    """Dilated grouped-query attention with RMS-normed, rotary-turned queries and keys.
+
+    (B, N, hidden) -> (B, N, hidden). With a cache, the N tokens continue what the cache has read.
+    """
+
+    def __init__(self, config: LongNetConfig, layer_index: int) -> None:
+        super().__init__(config, layer_index)
+        self.pattern = config.pattern()
+        self.impl = config.attention_impl
+        # Set from outside (train/parallelize.py) where the tokens are one rank's part of a longer sequence.
+        self.sequence_parallel: SequenceParallel | None = None
 
     def forward(
         self,
