@@ -13,9 +13,9 @@ from longnet.kernels.dilated_forward import head_offset, segment_of, strided_row
 @triton.jit
 def _dq_tiles(
     acc, qt, do, lse2, delta, k_rows, v_rows, begin, end, row, keys, scale2,
-    BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr, WS: tl.constexpr,
+    BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    for j in tl.range(begin, end, BN, num_stages=STAGES, warp_specialize=WS):
+    for j in tl.range(begin, end, BN, num_stages=STAGES):
         kt = k_rows.load([j, 0])
         vt = v_rows.load([j, 0])
         s = tl.dot(qt, kt.T, input_precision=PREC)
@@ -38,7 +38,6 @@ def dilated_dq(
     num_queries, num_keys, num_heads, w, rate, per_offset, start, tiles, scale, scale2,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, CYCLIC: tl.constexpr, LENGTHS: tl.constexpr, FIRST: tl.constexpr, PREC: tl.constexpr,
-    WS: tl.constexpr,
 ):  # fmt: skip
     """dq <- this branch's part (FIRST), or dq plus it. dout, dq (B, Nq, H, D) contiguous; lse, delta (B, H, Nq)."""
     x = tl.program_id(0)
@@ -57,9 +56,7 @@ def dilated_dq(
     if i < (queries if FIRST else valid_queries):
         skip = (query - key).to(tl.int32)
         first = origin + offset + query * rate - (num_keys - num_queries)
-        q_rows = strided_rows(
-            q + b * sqb, first, valid_queries, sqn, sqh, head, rate, D=D, BD=BD, ROWS=BM
-        )
+        q_rows = strided_rows(q + b * sqb, first, valid_queries, sqn, sqh, head, rate, D=D, BD=BD, ROWS=BM)
         do_rows = strided_rows(
             dout + b * num_queries * num_heads * D, first, valid_queries, num_heads * D, D, head, rate,
             D=D, BD=BD, ROWS=BM,
@@ -85,11 +82,11 @@ def dilated_dq(
             full = tl.minimum(full, (i + skip + 1) // BN * BN)
         acc = _dq_tiles(
             acc, qt, do, lse2, dl, k_rows, v_rows, 0, full, row, keys, scale2, BN=BN, MASK=False, CAUSAL=CAUSAL,
-            STAGES=STAGES, PREC=PREC, WS=WS,
+            STAGES=STAGES, PREC=PREC,
         )  # fmt: skip
         acc = _dq_tiles(
             acc, qt, do, lse2, dl, k_rows, v_rows, full, end, row, keys, scale2, BN=BN, MASK=True, CAUSAL=CAUSAL,
-            STAGES=STAGES, PREC=PREC, WS=False,
+            STAGES=STAGES, PREC=PREC,
         )  # fmt: skip
         acc = acc * scale
         d = tl.arange(0, BD)
@@ -103,9 +100,9 @@ def dilated_dq(
 @triton.jit
 def _dkv_tiles(
     dk, dv, kt, vt, q_rows, do_rows, p_lse, delta, begin, end, col, skip, queries, rate, scale2,
-    BM: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr, WS: tl.constexpr,
+    BM: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    for i in tl.range(begin, end, BM, num_stages=STAGES, warp_specialize=WS):
+    for i in tl.range(begin, end, BM, num_stages=STAGES):
         qt = q_rows.load([i, 0])
         do = do_rows.load([i, 0])
         m = i + tl.arange(0, BM)
@@ -130,7 +127,6 @@ def dilated_dkv(
     num_queries, num_keys, num_heads, w, rate, per_offset, start, tiles, scale, scale2,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, CYCLIC: tl.constexpr, LENGTHS: tl.constexpr, FIRST: tl.constexpr, PREC: tl.constexpr,
-    WS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (B, N, K, D, contiguous) <- this branch's part (FIRST), or the sum with it.
 
@@ -185,11 +181,11 @@ def dilated_dkv(
             at = (b * num_heads + h) * num_queries + first
             acc_k, acc_v = _dkv_tiles(
                 acc_k, acc_v, kt, vt, q_rows, do_rows, lse + at, delta + at, begin, full, col, skip, queries, rate,
-                scale2, BM=BM, MASK=CAUSAL, STAGES=STAGES, PREC=PREC, WS=False,
+                scale2, BM=BM, MASK=CAUSAL, STAGES=STAGES, PREC=PREC,
             )  # fmt: skip
             acc_k, acc_v = _dkv_tiles(
                 acc_k, acc_v, kt, vt, q_rows, do_rows, lse + at, delta + at, full, queries, col, skip, queries, rate,
-                scale2, BM=BM, MASK=False, STAGES=STAGES, PREC=PREC, WS=WS,
+                scale2, BM=BM, MASK=False, STAGES=STAGES, PREC=PREC,
             )  # fmt: skip
         d = tl.arange(0, BD)
         ok = (col < keys)[:, None]

@@ -53,9 +53,9 @@ def segment_of(
 @triton.jit
 def _attend(
     acc, top, total, qt, k_rows, v_rows, begin, end, row, keys, scale2, OUT: tl.constexpr,
-    BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr, WS: tl.constexpr,
+    BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    for j in tl.range(begin, end, BN, num_stages=STAGES, warp_specialize=WS):
+    for j in tl.range(begin, end, BN, num_stages=STAGES):
         kt = k_rows.load([j, 0])
         s = tl.dot(qt, kt.T, input_precision=PREC)
         if MASK:
@@ -81,7 +81,6 @@ def dilated_forward(
     num_queries, num_keys, num_heads, w, rate, per_offset, start, tiles, scale2,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, CYCLIC: tl.constexpr, LENGTHS: tl.constexpr, FIRST: tl.constexpr, PREC: tl.constexpr,
-    WS: tl.constexpr,
 ):  # fmt: skip
     """out, lse <- this branch's (FIRST), or their merge with it. scale2 = scale log2(e) >= 0."""
     x = tl.program_id(0)
@@ -100,9 +99,7 @@ def dilated_forward(
     if i < (queries if FIRST else valid_queries):
         skip = (query - key).to(tl.int32)  # rows of keys before the first query
         first = origin + offset + query * rate - (num_keys - num_queries)
-        q_rows = strided_rows(
-            q + b * sqb, first, valid_queries, sqn, sqh, head, rate, D=D, BD=BD, ROWS=BM
-        )
+        q_rows = strided_rows(q + b * sqb, first, valid_queries, sqn, sqh, head, rate, D=D, BD=BD, ROWS=BM)
         at_key = origin + offset + key * rate
         k_rows = strided_rows(k + b * skb, at_key, keys, skn, skh, head // G, rate, D=D, BD=BD, ROWS=BN)
         v_rows = strided_rows(v + b * svb, at_key, keys, svn, svh, head // G, rate, D=D, BD=BD, ROWS=BN)
@@ -119,11 +116,11 @@ def dilated_forward(
             full = tl.minimum(full, (i + skip + 1) // BN * BN)
         acc, top, total = _attend(
             acc, top, total, qt, k_rows, v_rows, 0, full, row, keys, scale2, qt.dtype, BN=BN, MASK=False,
-            CAUSAL=CAUSAL, STAGES=STAGES, PREC=PREC, WS=WS,
+            CAUSAL=CAUSAL, STAGES=STAGES, PREC=PREC,
         )  # fmt: skip
         acc, top, total = _attend(
             acc, top, total, qt, k_rows, v_rows, full, end, row, keys, scale2, qt.dtype, BN=BN, MASK=True,
-            CAUSAL=CAUSAL, STAGES=STAGES, PREC=PREC, WS=False,
+            CAUSAL=CAUSAL, STAGES=STAGES, PREC=PREC,
         )  # fmt: skip
         d = tl.arange(0, BD)
         ok = m < valid_queries
