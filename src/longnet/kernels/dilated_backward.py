@@ -40,9 +40,9 @@ def dilated_dq(
     CAUSAL: tl.constexpr, CYCLIC: tl.constexpr, LENGTHS: tl.constexpr, FIRST: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq <- this branch's part (FIRST), or dq plus it. dout, dq (B, Nq, H, D) contiguous; lse, delta (B, H, Nq)."""
-    x = tl.program_id(0)
-    head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    x = tl.program_id(0) // num_heads
+    b = tl.program_id(1).to(tl.int64)
     tile = tiles - 1 - x % tiles
     valid = num_keys
     if LENGTHS:
@@ -111,11 +111,11 @@ def _dkv_tiles(
         lse2 = tl.load(p_lse + at, ok, float("inf")) * 1.4426950408889634
         dl = tl.load(delta + at, ok, 0.0)
         s = tl.dot(kt, qt.T, input_precision=PREC)
+        dp = tl.dot(vt, do.T, input_precision=PREC)
         p = tl.exp2(s * scale2 - lse2[None, :])
         if MASK:
             p = tl.where(col[:, None] <= (m + skip)[None, :], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
-        dp = tl.dot(vt, do.T, input_precision=PREC)
         ds = p * (dp - dl[None, :])
         dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PREC)
     return dk, dv
@@ -132,9 +132,9 @@ def dilated_dkv(
 
     A program owns `BN` key rows and all heads of the key head's group that see them, that is, those of one offset.
     """
-    x = tl.program_id(0)
-    head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    x = tl.program_id(0) // num_heads
+    b = tl.program_id(1).to(tl.int64)
     tile = x % tiles
     valid = num_keys
     if LENGTHS:

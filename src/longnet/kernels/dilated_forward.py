@@ -83,9 +83,9 @@ def dilated_forward(
     CAUSAL: tl.constexpr, CYCLIC: tl.constexpr, LENGTHS: tl.constexpr, FIRST: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """out, lse <- this branch's (FIRST), or their merge with it. scale2 = scale log2(e) >= 0."""
-    x = tl.program_id(0)
-    head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    x = tl.program_id(0) // num_heads
+    b = tl.program_id(1).to(tl.int64)
     tile = tiles - 1 - x % tiles  # the longest first
     valid = num_keys
     if LENGTHS:
