@@ -133,9 +133,38 @@ def read(options: argparse.Namespace, ids: np.ndarray, facts: dict) -> dict:
     }  # fmt: skip
 
 
+def check(model: LongNetForCausalLM, ids: np.ndarray, device: str) -> dict:
+    """Relative errors of all gradients on the first 65,536 tokens, against one backward pass over all of them in fp32.
+
+    Raises SystemExit if those of the chunked pass exceed twice those of one pass in the same precision.
+    """
+    tokens = torch.from_numpy(np.asarray(ids[:65537]).astype(np.int64))[None].to(device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def gradients(chunk: int | None, low: bool) -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            if chunk:
+                chunked_backward(model, inputs, targets, chunk)
+            else:
+                model.token_losses(inputs, targets=targets).mean().backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, low = gradients(None, False), device == "cuda"
+    errors = {
+        name: ((gradients(chunk, low) - exact).norm() / exact.norm()).item()
+        for name, chunk in (("whole", None), ("chunks_of_8192", 8192), ("chunks_of_10000", 10000))
+    }
+    print("relative gradient errors:", errors, flush=True)
+    if max(errors.values()) > 2 * errors["whole"] + 1e-5:
+        raise SystemExit(f"chunked gradients are off: {errors}; not timed")
+    return errors
+
+
 def train(options: argparse.Namespace, ids: np.ndarray, facts: dict) -> dict:
     """Steps of AdamW by `chunked_backward` on the same text: loss, seconds and memory of each."""
     model = build(options).train()
+    facts["gradient_errors"] = check(model, ids, options.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate)
     tokens = torch.from_numpy(np.asarray(ids).view(np.int16))[None]
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
