@@ -17,6 +17,7 @@ from longnet.cli.generate import generate
 from longnet.cli.machine import bench, doctor
 from longnet.cli.read import evaluate
 from longnet.cli.recipe import expand, registry
+from longnet.cli.serve import serve
 from longnet.cli.train import prepare, train
 from longnet.train import NonFiniteLoss
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "generate": generate,
     "classify": classify,
     "extract": extract,
+    "serve": serve,
     "explain": explain,
     "doctor": doctor,
     "bench": bench,

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class Engine:
         self.max_waiting, self.max_backlog, self.max_wait = max_waiting, max_backlog, max_wait
         self.statistics = Statistics()
         self.dead: str | None = None
+        self.on_death: Callable[[], None] = lambda: None
         self.drain_until: float | None = None
         self._waiting: deque[Job] = deque()
         self._reading: deque[_Open] = deque()
@@ -175,6 +177,7 @@ class Engine:
             with self._wake:
                 self.dead = type(error).__name__
             self._fail_all(DEAD)
+            self.on_death()
         else:
             self._fail_all(Failed(503, "draining", "the server is shutting down"))
 
