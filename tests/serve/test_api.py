@@ -14,6 +14,8 @@ from longnet import LongNetCache, text  # noqa: E402
 from longnet.generate import generate  # noqa: E402
 from longnet.tasks.classification import DocumentClassifier  # noqa: E402
 from longnet.tasks.extraction import EntityExtractor  # noqa: E402
+
+pytest.register_assert_rewrite("serving")
 from serving import KEY, OTHER, tiny, until  # noqa: E402
 
 pytest_plugins = ("serving",)

@@ -14,7 +14,7 @@ KEYS_VARIABLE = "LONGNET_API_KEYS"
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Models, address and limits. (ValueError for values out of range, and for what would be unsafe.)"""
+    """Models, address and limits."""
 
     model: Path | None = None
     """Folder of a causal model (OUTPUT/model of `longnet train`): completions and sessions."""
@@ -67,7 +67,8 @@ class ServeConfig:
     resident_mb: float = 4096.0
     """Memory for sessions that need not be loaded from their file, in MiB."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for values out of range, and for what would be unsafe."""
         if self.model is None and self.classify is None and self.extract is None:
             raise ValueError("expected at least one of --model, --classify, --extract; got none")
         if not 0 <= self.port < 65536:

@@ -35,8 +35,9 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = lambda address:
     """Serve until SIGTERM or SIGINT; what runs may end first. Gives the exit code: 1 if the model has died.
 
     Raises:
-        ValueError: folders that hold no model, no keys. OSError: the address is taken.
+        ValueError: options out of range, folders that hold no model, no keys. OSError: the address is taken.
     """
+    config.check()
     keys = api_keys(config)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with contextlib.ExitStack() as stack:
