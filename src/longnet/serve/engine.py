@@ -193,9 +193,11 @@ class Engine:
         self._drop_cancelled()
         call = self._admit()
         if self._reading:
-            opened = self._reading.popleft()
+            opened = self._reading[0]
             if self._read_chunk(opened):
-                self._reading.append(opened)
+                self._reading.rotate(-1)
+            else:
+                self._reading.remove(opened)
         if self._running:
             self._write_token()
         if call is not None:
@@ -257,7 +259,7 @@ class Engine:
                 return True
             self._finish_reading(opened, logits)
         except Exception as error:
-            failure = self._judge(error, job)
+            failure = self._judge(error)
             if opened.slot is not None and opened.slot not in self._running:
                 self._free.append(opened.slot)
             self._fail(job, failure)
@@ -378,7 +380,8 @@ class Engine:
         try:
             self._done(call, Done(value=call.function()))
         except Exception as error:
-            self._fail(call, self._judge(error, call))
+            failure = self._judge(error, call)
+            self._fail(call, failure)
 
     # Endings.
 
@@ -387,16 +390,16 @@ class Engine:
         self.slots.clear(slot)
         self._free.append(slot)
 
-    def _judge(self, error: Exception, job: Job | None = None) -> Failed:
-        """What to tell the client of a job; raises, and fails `job`, where the device can do no more."""
+    def _judge(self, error: Exception, call: Call | None = None) -> Failed:
+        """What to tell the client of a job; raises, and fails the call at hand, where the device can do no more."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             log.warning("out of memory")
             return Failed(503, "out_of_memory", "not enough memory for this request now")
         if isinstance(error, torch.AcceleratorError):
-            if job is not None:
-                self._fail(job, DEAD)
+            if call is not None:
+                self._fail(call, DEAD)
             raise error
         log.error("a request has failed", exc_info=error)
         return Failed(500, "internal_error", "the model failed on this request")
