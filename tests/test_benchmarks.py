@@ -70,3 +70,18 @@ def test_the_stand_in_for_einops(monkeypatch):
                        x[..., 0].view(2, 3, 4, 6).permute(0, 3, 1, 2).reshape(2, 18, 4))  # fmt: skip
     with pytest.raises(ValueError, match="cannot split"):
         rearrange(x, "b (n g) h d -> (b n) g h d", g=5)
+
+
+def test_serving(script, tmp_path):
+    script("serve", "--device", "cpu", "--small", "--output", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["who"], row["streams"], row["context"]): row for row in report["rows"]}
+    assert len(rows) == 8
+    assert all(row["written_tokens"] == 8 * row["streams"] for row in rows.values()), rows
+    kept = {context: rows["longnet", 3, context]["kept_bytes_per_stream"] for context in (100, 400)}
+    assert kept[100] == kept[400]  # the same, whatever was read
+    assert rows["dense", 3, 400]["kept_bytes_per_stream"] > 3 * rows["dense", 3, 100]["kept_bytes_per_stream"]
+    parameters = [report["environment"][f"{who}_parameters"] for who in ("longnet", "dense")]
+    assert abs(parameters[0] / parameters[1] - 1) < 0.01
+    script("serve", "--device", "cpu", "--small", "--budget-seconds", "0", "--output", tmp_path / "none")
+    assert "more than was left" in (tmp_path / "none" / "results.md").read_text()

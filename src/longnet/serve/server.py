@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import signal
 import socket
 import threading
@@ -21,7 +20,6 @@ from longnet.model import LongNetForCausalLM
 from longnet.serve.app import Api
 from longnet.serve.config import ServeConfig, api_keys
 from longnet.serve.engine import Engine
-from longnet.serve.jobs import Completion, Done, Event, Failed
 from longnet.serve.sessions import SessionStore, weights_name
 
 log = logging.getLogger("longnet.serve")
@@ -51,7 +49,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = lambda address:
             stack.callback(api.sessions.close)
         engine.start()
         if engine.model is not None:
-            warm_up(engine)
+            engine.warm_up()
         server = Server(api, keys)
         bound.listen(1024)
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -138,18 +136,3 @@ def load(path: Path, device: str, dtype: str) -> LongNetForCausalLM:
         )
     torch.nn.Module.to(model, device)
     return model
-
-
-def warm_up(engine: Engine) -> None:
-    """Read two chunks and write a few bytes: kernels are compiled and graphs captured before the first request.
-
-    Raises:
-        ValueError: the model cannot do it.
-    """
-    events: queue.Queue[Event] = queue.Queue()
-    engine.submit(Completion(emit=events.put, data=b" " * (engine.chunk + 1), max_tokens=3))
-    while not isinstance(event := events.get(timeout=600), Done | Failed):
-        pass
-    if isinstance(event, Failed):
-        raise ValueError(f"model: expected one that can read and write; got: {event.message}")
-    engine.statistics = type(engine.statistics)()
