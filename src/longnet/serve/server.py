@@ -37,12 +37,9 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = lambda address:
     """
     config.check()
     keys = api_keys(config)
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with contextlib.ExitStack() as stack:
         # Bound before the models are loaded, which may take a while, but not yet listened on.
-        bound = stack.enter_context(socket.socket(family))
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((config.host, config.port))
+        bound = stack.enter_context(bind(config.host, config.port))
         engine, api = build(config)
         stack.callback(engine.close)
         if api.sessions is not None:
@@ -56,6 +53,20 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = lambda address:
         on_ready(f"http://{host}:{bound.getsockname()[1]}")
         server.run(sockets=[bound])
     return 1 if engine.dead else 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named, for asyncio switches Nagle's delay (40 ms a request) off only where it sees TCP.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
 
 
 class Server(uvicorn.Server):
