@@ -101,7 +101,11 @@ def test_a_graph_of_entities_and_relations_is_drawn(start, folders, browser):
     ]  # fmt: skip
     found = {
         "entities": entities,
-        "clusters": {"Ahab": [0, 3], "Ishmael": [1], "<b>Nantucket</b>": [2]},
+        "clusters": {
+            "Ahab": [entities[0], entities[3]],
+            "Ishmael": [entities[1]],
+            "<b>Nantucket</b>": [entities[2]],
+        },
         "relations": [{"head": "Ahab", "tail": "Ishmael", "label": "meets"}],
     }
     server.api._extracted = lambda texts, _: [found]

@@ -175,7 +175,8 @@ async function classify() {
 /** Nodes and edges: entities and relations where the model has learned any, else names that stand near each other. */
 function network(found) {
   const nodes = new Map();
-  const owner = [];
+  const owners = new Map(); // mention -> node
+  const place = ({ start, end, label }) => `${start} ${end} ${label}`;
   const add = (name, label, mention) => {
     const key = `${label}\u0000${name}`;
     if (!nodes.has(key)) nodes.set(key, { name, label, mentions: [] });
@@ -183,11 +184,9 @@ function network(found) {
     node.mentions.push(mention);
     return node;
   };
-  if (found.clusters && Object.keys(found.clusters).length) {
-    for (const [name, members] of Object.entries(found.clusters))
-      for (const i of members) owner[i] = add(name, found.entities[members[0]].label, found.entities[i]);
-  }
-  found.entities.forEach((entity, i) => { owner[i] ??= add(entity.text, entity.label, entity); });
+  for (const [name, members] of Object.entries(found.clusters ?? {}))
+    for (const mention of members) owners.set(place(mention), add(name, members[0].label, mention));
+  const owner = found.entities.map((entity) => owners.get(place(entity)) ?? add(entity.text, entity.label, entity));
   const most = [...nodes.values()].sort((a, b) => b.mentions.length - a.mentions.length).slice(0, NODES);
   const kept = new Set(most);
   const edges = [];
