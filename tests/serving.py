@@ -1,6 +1,5 @@
 """A real server on a real socket, with tiny untrained models: started once a file, in a thread of this process."""
 
-import socket
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import httpx  # noqa: E402
 
 from longnet import LongNetConfig, LongNetForSequenceClassification, LongNetForTokenClassification  # noqa: E402
 from longnet.serve.config import ServeConfig  # noqa: E402
-from longnet.serve.server import Server, build  # noqa: E402
+from longnet.serve.server import Server, bind, build  # noqa: E402
 from longnet.tasks.classification import DocumentClassifier  # noqa: E402
 from longnet.tasks.extraction import EntityExtractor  # noqa: E402
 
@@ -62,7 +61,8 @@ class Running:
     def __init__(self, config: ServeConfig, keys) -> None:
         self.engine, self.api = build(config)
         self.server = Server(self.api, keys)
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket = bind("127.0.0.1", 0)
+        self.socket.listen()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.engine.start()

@@ -145,6 +145,17 @@ def test_put_keeps_addresses_and_takes_keep_files_small(tmp_path):
     assert torch.equal(feed(again, *tokens(1, 3, seed=4, dtype=torch.float32)), expected)
 
 
+def test_all_room_at_once_and_never_again():
+    cache = LongNetCache(Config(), 2)
+    cache.reserve_all()
+    entries = Config().pattern().cache_entries(4, 2)
+    assert cache.nbytes() == 2 * 2 * 2 * entries * 4 * 4  # layers, k and v, sequences, width, bytes
+    version, addresses = cache.version, [x.data_ptr() for x in cache._tensors().values()]
+    feed(cache, *tokens(2, 700, dtype=torch.float32))
+    assert version == cache.version
+    assert addresses == [x.data_ptr() for x in cache._tensors().values()]
+
+
 def test_moving_copies_every_state(model):
     cache = LongNetCache(model.config, 2, dtype=torch.float64)
     read(model, cache, torch.randint(4, 260, (2, 40)), torch.tensor([40, 9]))

@@ -293,6 +293,7 @@ def test_health_and_metrics(server):
         assert http.get("/health").json() == {"status": "ok"}
     with server.client() as http:
         http.post("/v1/completions", json={"prompt": "x", "max_tokens": 5})
+        until(lambda: server.api.bodies.held == 0)  # given back just after the answer
         report = http.get("/metrics").json()
         assert report["responses"]["200"] >= 2
         assert report["seconds"]["first_token"]["p50"] > 0
@@ -343,7 +344,7 @@ def test_who_goes_away_takes_the_work_along(start, vanish):
         assert len(steps) == at
         assert server.engine.report()["free_slots"] == 1
         assert server.engine.statistics.jobs["cancelled"] == 1
-        assert server.api.bodies.held == 0
+        until(lambda: server.api.bodies.held == 0)
         assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
     server.stop()
 

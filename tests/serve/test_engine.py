@@ -165,6 +165,23 @@ def test_a_long_text_does_not_hold_up_the_others(engine):
     engine.cancel(long.job)
 
 
+def test_short_texts_go_first_and_long_ones_do_not_starve(model):
+    engine = Engine(model, slots=3, chunk=32)
+    order, clients = [], []
+    for name, size in (("long", 640), ("short", 64), ("middle", 320)):
+        note = lambda event, name=name: order.append(name) if isinstance(event, Progress) else None  # noqa: E731
+        clients.append(Client(engine, on_event=note, data=b"x" * size, max_tokens=1))
+    engine.start()
+    for client in clients:
+        client.result()
+    engine.close()
+    assert order[:2] == ["short", "short"]
+    assert len(order) == (640 + 64 + 320) // 32
+    last = {name: len(order) - order[::-1].index(name) for name in ("short", "middle", "long")}
+    assert last["short"] < last["middle"] < last["long"]
+    assert order[: last["middle"]].count("long") == last["middle"] // 4  # every fourth goes to the oldest
+
+
 def test_cancelling_stops_within_a_chunk_and_frees_the_slot(engine, model):
     chunks = []
     original = type(model).forward
@@ -227,7 +244,7 @@ def test_only_the_faulty_request_fails(model, error, where):
         pick = sample
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "forward", faulty.__get__(model), raising=False)
-        patch.setattr("longnet.serve.engine.sample", pick)
+        patch.setattr("longnet.serve.slots.sample", pick)
         engine.start()
         good = [Client(engine, data=d, max_tokens=25, temperature=0.0) for d in (TEXTS[0], TEXTS[3])]
         bad = Client(

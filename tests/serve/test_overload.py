@@ -171,21 +171,20 @@ def test_sigterm_under_load_drains_and_exits_0(command, folders):
     assert KEY not in error
 
 
-def test_drain_ends_in_time_with_an_error_in_the_stream(command, folders):
-    served = command(
-        "--model", folders.model, "--port", 0, "--device", "cpu", "--no-auth", "--drain-seconds", 0.3, keys=""
-    )
-    url = served.address()
+def test_drain_ends_in_time_with_an_error_in_the_stream(start):
+    server = start(drain_seconds=0.3)
     body = {"prompt": "x", "max_tokens": 60000, "stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60, trust_env=False) as response:
+    with server.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         for _ in range(4):
             next(lines)
-        served.process.send_signal(signal.SIGTERM)
+        server.server.handle_exit(signal.SIGTERM, None)
         asked = time.monotonic()
         rest = [line for line in lines if line.startswith("data: ")]
     assert json.loads(rest[-2][6:])["error"]["code"] == "draining"
-    assert served.end()[0] == 0
+    assert rest[-1] == "data: [DONE]"
+    server._thread.join(20)
+    assert not server._thread.is_alive()
     assert time.monotonic() - asked < 15
 
 

@@ -178,6 +178,12 @@ class LongNetCache(CacheBatch):
 
     # What a captured step needs: addresses that stay, and counting that happens once.
 
+    def reserve_all(self) -> None:
+        """Make all the room that the pattern allows now: dilated layers' buffers never move again, whatever is read."""
+        for layer in self.layers:
+            if not isinstance(layer, HierarchicalStates):
+                self._reserve(layer, max(self.pattern.segment_lengths))
+
     def reserve_step(self) -> None:
         """Make room for one more token of every sequence."""
         for layer in self.layers:

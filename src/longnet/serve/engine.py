@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
 import threading
 import time
 from collections import deque
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from longnet import text
 from longnet.model.cache import LongNetCache
-from longnet.model.graph import GraphedStep, unsupported
 from longnet.serve.jobs import (
     Call,
     Completion,
@@ -34,15 +34,15 @@ from longnet.serve.jobs import (
     Text,
     Writer,
 )
-from longnet.serve.sampling import sample
+from longnet.serve.slots import Slots
 from longnet.serve.statistics import Statistics
 
 log = logging.getLogger("longnet.serve")
 
 # Texts that are read for themselves at one time; those that will be written are bounded by the slots.
 READERS = 2
-# An idle place of a captured batch advances with the others; it is sent back before its buffers would grow.
-IDLE_TOKENS = 1024
+# Every so many chunks one goes to the text that has been read for longest.
+OLDEST = 4
 DEAD = Failed(503, "engine_dead", "the model has failed; the server is going down")
 BROKEN = Failed(500, "numerical_error", "the model gave no finite probabilities for this request")
 
@@ -87,29 +87,33 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._reading: deque[_Open] = deque()
         self._running: dict[int, _Running] = {}
+        self._turns = 0
         self._free = list(range(slots))
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="longnet-engine", daemon=True)
         if model is not None:
-            self.device, self.dtype = model.device, model.dtype
-            self._make_slots(slots)
-
-    @torch.inference_mode()
-    def _make_slots(self, count: int) -> None:
-        self.slots = LongNetCache(self.model.config, count, self.device, self.dtype)
-        self._captured = None
-        if unsupported(self.model, self.slots) is None:
-            self._captured = GraphedStep(self.model, self.slots)
-        self._logits = torch.zeros(count, self.model.config.vocab_size, device=self.device)
-        numbers = torch.zeros(4, count, dtype=torch.float64, device=self.device)
-        self._temperature, self._top_p = numbers[0].float(), numbers[1].float()
-        self._seeds, self._steps = numbers[2].long(), numbers[3].long()
-        self._never = torch.tensor([text.PAD, text.BOS, text.MASK], device=self.device)
+            self.device = model.device
+            with torch.inference_mode():
+                self.slots = Slots(model, slots)
 
     # From other threads.
 
     def start(self) -> None:
         self._thread.start()
+
+    def warm_up(self) -> None:
+        """Read two chunks and write a few bytes: kernels are compiled and graphs captured before the first request.
+
+        Raises:
+            ValueError: the model cannot do it.
+        """
+        events: queue.Queue[Event] = queue.Queue()
+        self.submit(Completion(emit=events.put, data=b" " * (self.chunk + 1), max_tokens=3))
+        while not isinstance(event := events.get(timeout=600), Done | Failed):
+            pass
+        if isinstance(event, Failed):
+            raise ValueError(f"model: expected one that can read and write; got: {event.message}")
+        self.statistics = Statistics()
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises Refused where the server is full, draining or broken."""
@@ -152,7 +156,7 @@ class Engine:
             self._thread.join(timeout=60)
 
     def report(self) -> dict[str, Any]:
-        cache = 0 if self.model is None else self.slots.nbytes()
+        cache = 0 if self.model is None else self.slots.cache.nbytes()
         return {
             "waiting": len(self._waiting), "reading": len(self._reading), "writing": len(self._running),
             "free_slots": len(self._free), "backlog_tokens": self.backlog(), "slot_cache_bytes": cache,
@@ -193,13 +197,20 @@ class Engine:
         self._drop_cancelled()
         call = self._admit()
         if self._reading:
-            opened = self._reading.popleft()
-            if self._read_chunk(opened):
-                self._reading.append(opened)
+            opened = self._next()
+            if not self._read_chunk(opened):
+                self._reading.remove(opened)
         if self._running:
             self._write_token()
         if call is not None:
             self._call(call)
+
+    def _next(self) -> _Open:
+        """The text with least to read, for short ones should not wait for long ones; at times the oldest: none starves."""
+        self._turns += 1
+        if self._turns % OLDEST == 0:
+            return self._reading[0]
+        return min(self._reading, key=lambda opened: opened.job.weight - opened.done)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -238,7 +249,7 @@ class Engine:
 
     def _begin(self, job: Reading) -> LongNetCache:
         if job.prefix is None:
-            return LongNetCache(self.model.config, 1, self.device, self.dtype)
+            return LongNetCache(self.model.config, 1, self.device, self.model.dtype)
         if job.prefix.device == self.device:
             return job.prefix.take([0])
         moved = job.prefix.to(self.device)
@@ -257,7 +268,7 @@ class Engine:
                 return True
             self._finish_reading(opened, logits)
         except Exception as error:
-            failure = self._judge(error, job)
+            failure = self._judge(error)
             if opened.slot is not None and opened.slot not in self._running:
                 self._free.append(opened.slot)
             self._fail(job, failure)
@@ -282,20 +293,12 @@ class Engine:
             kept = opened.cache.take([0])
             self._done(job, Done(value=(kept, kept if kept.device.type == "cpu" else kept.to("cpu"))))
             return
-        self.slots.put(slot, opened.cache)
-        self._logits[slot] = logits
-        self._temperature[slot], self._top_p[slot] = job.temperature, job.top_p
-        self._seeds[slot], self._steps[slot] = job.seed, 0
+        self.slots.put(slot, opened.cache, logits, job)
         self._running[slot] = _Running(job)
 
     def _write_token(self) -> None:
         """One token of every text that is being written."""
-        logits = self._logits.index_fill(1, self._never, -torch.inf)
-        ids = sample(logits, self._temperature, self._top_p, self._seeds, self._steps)
-        self._steps += 1
-        # NaN, +inf, or nothing left to draw: the largest logit tells. One transfer carries ids and health.
-        broken = ~logits.amax(-1).isfinite()
-        tokens, faults = torch.stack((ids, broken.long())).tolist()
+        tokens, faults = self.slots.draw()
         for slot, running in list(self._running.items()):
             if faults[slot]:
                 self._leave(slot)
@@ -303,7 +306,7 @@ class Engine:
             else:
                 self._add(slot, running, tokens[slot])
         if self._running:
-            self._step(ids)
+            self._step()
 
     def _add(self, slot: int, running: _Running, token: int) -> None:
         job, now = running.job, time.monotonic()
@@ -322,48 +325,27 @@ class Engine:
         if slot not in self._running:
             self._done(job, Done("stop" if ended else "length", running.written))
 
-    def _step(self, ids: Tensor) -> None:
-        """The model reads what was written; `_logits` are those of the next token."""
-        before = self.slots.host_positions
+    def _step(self) -> None:
+        """The model reads what was written."""
+        before = self.slots.cache.host_positions
         try:
-            self._logits = self._forward(ids)
+            self.slots.read(self._running)
         except Exception as error:
             failure = self._judge(error)
-            if self.slots.host_positions != before or "hierarchical" in self.model.config.attention_kinds():
+            if (
+                self.slots.cache.host_positions != before
+                or "hierarchical" in self.model.config.attention_kinds()
+            ):
                 # Some layers may have read the token and some not: no state can be trusted.
                 self._fail_running(failure)
             else:
-                self._step_one_by_one(ids, failure)
+                self._step_one_by_one(failure)
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        if self._captured is not None:
-            for slot, position in enumerate(self.slots.host_positions):
-                if slot not in self._running and position >= IDLE_TOKENS:
-                    self.slots.clear(slot)
-            return self._captured(ids[:, None]).float()
-        reads = torch.tensor([slot in self._running for slot in range(len(ids))], device=self.device).long()
-        output = self.model(
-            input_ids=ids[:, None],
-            past_key_values=self.slots,
-            use_cache=True,
-            logits_to_keep=1,
-            lengths=reads,
-        )
-        return output.logits[:, -1].float()
-
-    def _step_one_by_one(self, ids: Tensor, failure: Failed) -> None:
+    def _step_one_by_one(self, failure: Failed) -> None:
         """The batch has failed: find out whose fault it is, and go on with the others."""
         for slot, running in list(self._running.items()):
             try:
-                alone = self.slots.take([slot])
-                output = self.model(
-                    input_ids=ids[slot : slot + 1, None],
-                    past_key_values=alone,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                self.slots.put(slot, alone)
-                self._logits[slot] = output.logits[0, -1].float()
+                self.slots.read_alone(slot)
             except Exception as error:
                 self._judge(error)
                 self._leave(slot)
@@ -378,7 +360,8 @@ class Engine:
         try:
             self._done(call, Done(value=call.function()))
         except Exception as error:
-            self._fail(call, self._judge(error, call))
+            failure = self._judge(error, call)
+            self._fail(call, failure)
 
     # Endings.
 
@@ -387,16 +370,16 @@ class Engine:
         self.slots.clear(slot)
         self._free.append(slot)
 
-    def _judge(self, error: Exception, job: Job | None = None) -> Failed:
-        """What to tell the client of a job; raises, and fails `job`, where the device can do no more."""
+    def _judge(self, error: Exception, call: Call | None = None) -> Failed:
+        """What to tell the client of a job; raises, and fails the call at hand, where the device can do no more."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             log.warning("out of memory")
             return Failed(503, "out_of_memory", "not enough memory for this request now")
         if isinstance(error, torch.AcceleratorError):
-            if job is not None:
-                self._fail(job, DEAD)
+            if call is not None:
+                self._fail(call, DEAD)
             raise error
         log.error("a request has failed", exc_info=error)
         return Failed(500, "internal_error", "the model failed on this request")
