@@ -85,3 +85,23 @@ def test_serving(script, tmp_path):
     assert abs(parameters[0] / parameters[1] - 1) < 0.01
     script("serve", "--device", "cpu", "--small", "--budget-seconds", "0", "--output", tmp_path / "none")
     assert "more than was left" in (tmp_path / "none" / "results.md").read_text()
+
+
+def test_a_billion_in_small(script, tmp_path):
+    """Read in two runs that join, and trained on in chunks after the gradients were checked."""
+    (tmp_path / "source.py").write_text("for i in range(100):\n    print(i)\n" * 300)
+    common = ["--tokens", 9001, "--device", "cpu", "--layers", 1, "--width", 64, "--root", tmp_path]
+    common += ["--out", tmp_path / "out", "--text", tmp_path / "ids", "--chunk", 2048]
+    script("billion", "read", *common, "--max-seconds", 0, "--state", tmp_path / "state")
+    half = json.loads((tmp_path / "out/read-1x64-9001.json").read_text())
+    assert half["read"] == 2048
+    script("billion", "read", *common, "--state", tmp_path / "state")
+    whole = json.loads((tmp_path / "out/read-1x64-9001.json").read_text())
+    assert whole["read"] == 9000
+    assert whole["distinct_bytes"] == 9001
+    assert [borders[0] for borders, _ in whole["bits"]] == [0, 2048]
+    out = script("billion", "train", *common, "--steps", 3)
+    trained = json.loads((tmp_path / "out/train-1x64-9001.json").read_text())
+    assert "relative gradient errors" in out
+    losses = [step["loss"] for step in trained["steps"]]
+    assert losses[-1] < losses[0]
