@@ -324,6 +324,7 @@ def test_who_goes_away_takes_the_work_along(start, vanish):
             body = {
                 "prompt": prompt if vanish == "reading" else "x",
                 "max_tokens": 60000,
+                "temperature": 0,
                 "stream": vanish == "streaming",
             }
             request = http.stream("POST", "/v1/completions", json=body) if body["stream"] else None
