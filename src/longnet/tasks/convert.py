@@ -83,20 +83,24 @@ def _docred_record(document: dict[str, Any]) -> Record:
     }
 
 
-def from_python(path: Path, smallest: int = 0, largest: int | None = None) -> Iterator[Record]:
+def from_python(
+    path: Path, smallest: int = 0, largest: int | None = None, skip: frozenset[str] = frozenset()
+) -> Iterator[Record]:
     """Records of the Python files below a folder (or of one file), by name; files that are no UTF-8 or do not parse are left out.
 
     Args:
         smallest, largest: bytes of the files that are taken.
+        skip: names of folders that are left out, wherever below `path` they are.
     """
     root = path if path.is_dir() else path.parent
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    for file in files:
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        relative = file.relative_to(root)
+        if skip & set(relative.parts) or not file.is_file():
+            continue
         data = file.read_bytes()
         if len(data) < smallest or (largest is not None and len(data) > largest):
             continue
-        name = file.relative_to(root).as_posix()
-        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         record = annotate_source(data, module)
         if record is not None:
-            yield {"id": name, **record}
+            yield {"id": relative.as_posix(), **record}
