@@ -46,8 +46,10 @@ class Rows:
         self.end += count
 
     def keep(self, count: int) -> None:
-        """Drop all but the newest `count` rows."""
+        """Drop all but the newest `count` rows; room that a long chunk needed is given back."""
         self.begin = max(self.begin, self.end - count)
+        if self.buffer.shape[1] > 4 * max(16, len(self)):
+            self.buffer, self.begin, self.end = self.live.clone(), 0, len(self)
 
 
 class HierarchicalState:

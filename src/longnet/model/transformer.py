@@ -21,9 +21,13 @@ from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
 
-# Tokens whose logits exist at one time while a loss is computed: 4096 x 260 fp32 is 4 MB, 4096 x
-# 128k is 2 GB.
-LOSS_CHUNK = 4096
+# Logits that exist at one time while a loss is computed: 128 MiB in fp32.
+LOSS_LOGITS = 2**25
+
+
+def loss_chunk(vocab_size: int) -> int:
+    """Tokens whose logits are alive at once."""
+    return max(1, LOSS_LOGITS // vocab_size)
 
 
 class LongNetPreTrainedModel(PreTrainedModel):
@@ -292,7 +296,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return self._chunked_losses(hidden, next_tokens(input_ids, attention_mask, lengths))[:, :-1]
 
     def _chunked_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(B, N) losses from hidden (B, N, C): logits live for LOSS_CHUNK tokens and are recomputed
+        """(B, N) losses from hidden (B, N, C): logits live for LOSS_LOGITS / V tokens and are recomputed
         in backward."""
         if targets.shape != hidden.shape[:2]:
             raise ValueError(
@@ -300,8 +304,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             )
         flat, wanted = hidden.flatten(0, 1), targets.to(hidden.device).flatten()
         losses = []
-        for begin in range(0, flat.shape[0], LOSS_CHUNK):
-            part = (flat[begin : begin + LOSS_CHUNK], wanted[begin : begin + LOSS_CHUNK])
+        # `split`, not slices: the gradient of every slice would be a whole tensor of zeros, quadratic work in all.
+        size = loss_chunk(self.config.vocab_size)
+        for part in zip(flat.split(size), wanted.split(size), strict=True):
             if torch.is_grad_enabled():
                 # No dropout here, so there is no random state to restore.
                 losses.append(checkpoint(self._losses, *part, use_reentrant=False, preserve_rng_state=False))

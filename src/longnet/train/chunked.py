@@ -120,8 +120,8 @@ def chunked_backward(
 
     Args:
         model: `LongNetForCausalLM`, causal and dilated.
-        input_ids, targets: (B, N), on any device (chunks are moved); targets[:, n] is to be predicted after input_ids[:, n],
-            -100 is ignored.
+        input_ids, targets: (B, N), any integers, on any device (chunks are moved and widened); targets[:, n] is to be predicted
+            after input_ids[:, n], -100 is ignored.
         chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `choose_chunk`.
         dtype: of the kept rows; None is the autocast dtype if autocast is on, else the dtype of the weights.
         scale: factor on the gradients, not on the loss that is returned.
@@ -148,7 +148,7 @@ def chunked_backward(
     with torch.no_grad():
         for start in starts[:-1]:  # nothing comes after the last chunk
             store.begin(start)
-            model.model(input_ids=input_ids[:, start : start + chunk].to(device), past_key_values=store)
+            model.model(input_ids=_moved(input_ids[:, start : start + chunk], device), past_key_values=store)
             done += 1
             if on_chunk is not None:
                 on_chunk(done, todo)
@@ -157,7 +157,9 @@ def chunked_backward(
         store.begin(start, reverse=True)
         part = slice(start, start + chunk)
         losses = model.token_losses(
-            input_ids[:, part].to(device), targets=targets[:, part].to(device), past_key_values=store
+            _moved(input_ids[:, part], device),
+            targets=_moved(targets[:, part], device),
+            past_key_values=store,
         )
         loss = losses.sum() / count
         (loss * scale).backward()
@@ -166,6 +168,10 @@ def chunked_backward(
         if on_chunk is not None:
             on_chunk(done, todo)
     return total
+
+
+def _moved(ids: Tensor, device: Any) -> Tensor:
+    return ids.to(device, non_blocking=True).long()
 
 
 def choose_chunk(config: Any, num_tokens: int, batch: int = 1, bytes_per_number: int = 2) -> int:
