@@ -166,7 +166,8 @@ def train(options: argparse.Namespace, ids: np.ndarray, facts: dict) -> dict:
     model = build(options).train()
     facts["gradient_errors"] = check(model, ids, options.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate)
-    tokens = torch.from_numpy(np.asarray(ids).view(np.int16))[None]
+    # 16 bits a token: int64 would be 8 GB. Copied, because a file opened for reading cannot be a tensor.
+    tokens = torch.from_numpy(np.array(ids).view(np.int16))[None]
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     steps, deadline = [], time.perf_counter() + options.max_seconds
     for step in range(options.steps):

@@ -77,7 +77,8 @@ def attention_map(
         opened = {level: x[0, 0, key_head][x[0, 0, key_head] >= 0] for level, x in chosen.items()}
         group = slice(key_head * q.shape[0] // key_heads, (key_head + 1) * q.shape[0] // key_heads)
         part = Parameters(scale, parameters.level_bias[group], parameters.router_mix[group], None)
-        one = Pyramid(*(x[0, :, key_head].to(work) for x in pyramid[:4]), pyramid.sizes)
+        kbar, vbar, mass, entropy = (x[0, :, key_head].to(work) for x in pyramid[:4])
+        one = Pyramid(kbar, vbar, mass, entropy, pyramid.sizes)
         head_keys = (k[:, key_head].to(work), k_local[:, key_head].to(work))
         queries = (q[group].to(work), q_local[group].to(work))
         pooling = token_mass(k[None], prior_query, scale)[0, :, key_head]

@@ -47,8 +47,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> 
     return None
 
 
-@torch.compiler.assume_constant_result
 def _no_triton(device: str) -> str | None:
+    if torch.compiler.is_compiling():
+        # What follows cannot be traced, and torch.compile itself needs triton on CUDA.
+        return None if device == "cuda" else "they are not compiled for other devices than CUDA"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
