@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longnet.attention.attention_map import AttentionMap, attention_map
 from longnet.attention.hierarchical import HierarchicalImpl, hierarchical_attention
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_torch import Parameters
@@ -48,14 +49,30 @@ class LongNetHierarchicalAttention(LongNetProjections):
             raise ValueError(
                 f"expected start = 0: a hierarchical layer reads a text from its beginning; got {start}"
             )
-        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
-        tail = None if cache is None else cache.key_tail(self.layer_index, k, self.key_conv.shape[2], lengths)
-        # Autocast norms in fp32, and would round the pooling of keys to 16 bits.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, tail)).to(v.dtype)
+        q, k, v = self._project(hidden, lengths, cache)
+        # Autocast would round the pooling of keys to 16 bits.
         with torch.autocast(v.device.type, enabled=False):
             out = self._attend(q, k, v, rotary, lengths, cache)
         return self.o_proj(out.flatten(2))
+
+    def _project(
+        self, hidden: Tensor, lengths: Tensor | None = None, cache: LongNetCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
+        tail = None if cache is None else cache.key_tail(self.layer_index, k, self.key_conv.shape[2], lengths)
+        # Autocast norms in fp32.
+        return self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, tail)).to(v.dtype), v
+
+    @torch.no_grad()
+    def attention_maps(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> list[AttentionMap]:
+        """What the last token of hidden (1, N, C) sees, one map per head."""
+        q, k, v = self._project(hidden)
+        q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
+        mix, scale = self.router_mix.clamp(0, 1), 1 / math.sqrt(self.head_dim)
+        return attention_map(
+            q[0, -1], q_local[0, -1], k[0], k_local[0], self.pattern, scale, self.prior_query, self.level_bias, mix
+        )  # fmt: skip
 
     def _attend(
         self,
