@@ -136,6 +136,24 @@ def test_hierarchical_layers_without_convolution_recomputed_and_in_single_precis
     compare(network.double(), *data(1, 110), 31, 1e-12)
 
 
+def test_under_autocast_the_error_is_that_of_the_whole_pass():
+    exact, rounded = (
+        tree_model("hierarchical", dtype=torch.float32),
+        tree_model("hierarchical", dtype=torch.float32),
+    )
+    batch = data(1, 110)
+    _, wanted = whole(exact, *batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ordinary = whole(rounded, *batch)
+        chunked_backward(rounded, *batch, 16)
+    found = [weight.grad for _, weight in weights(rounded)]
+
+    def distance(gradients):
+        return sum((x - y).double().square().sum() for x, y in zip(gradients, wanted, strict=True)).sqrt()
+
+    assert 0 < distance(found) <= 1.5 * distance(ordinary)
+
+
 def test_what_earlier_chunks_handed_on_gets_a_gradient():
     """The last chunk's loss alone: without the states' gradients, the first chunk's tokens would not matter."""
     network, (ids, targets) = tree_model("hierarchical"), data(1, 120)
