@@ -254,6 +254,29 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(start, tmp_path, monkeypatch
     assert list((tmp_path / "sessions").iterdir()) == []
 
 
+def test_what_a_model_of_relations_finds(monkeypatch):
+    """The JSON that the page draws; `KnowledgeExtractor.read` itself has tests of its own."""
+    from longnet.serve.app import Api
+    from longnet.tasks.annotations import Annotation
+    from longnet.tasks.knowledge import KnowledgeExtractor
+
+    content = "Anna lives in Köln."
+    found = Annotation(
+        [(0, 4, "PER"), (14, 18, "LOC")], {"Anna": [0], "Köln": [1]}, [("Anna", "Köln", "lives in")]
+    )
+    monkeypatch.setattr(KnowledgeExtractor, "read", lambda self, texts: [found for _ in texts])
+    api = object.__new__(Api)
+    api.extractor = object.__new__(KnowledgeExtractor)
+    anna, town = ({"start": s, "end": e, "label": label, "text": content[s:e]} for s, e, label in found.spans)
+    assert api._extracted([content], 0) == [
+        {
+            "entities": [anna, town],
+            "clusters": {"Anna": [anna], "Köln": [town]},
+            "relations": [{"head": "Anna", "tail": "Köln", "label": "lives in"}],
+        }
+    ]
+
+
 def test_classify_and_extract(server, folders):
     texts = ["Call me Ishmael. " * 30, "Überschrift: §1 Geltung\r\n"]
     with server.client() as http:
@@ -324,6 +347,7 @@ def test_who_goes_away_takes_the_work_along(start, vanish):
             body = {
                 "prompt": prompt if vanish == "reading" else "x",
                 "max_tokens": 60000,
+                "temperature": 0,
                 "stream": vanish == "streaming",
             }
             request = http.stream("POST", "/v1/completions", json=body) if body["stream"] else None

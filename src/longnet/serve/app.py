@@ -26,6 +26,8 @@ from longnet.serve.jobs import Call, Completion, Done, Event, Moved, Progress, R
 from longnet.serve.requests import CompletionRequest, completion_request, parse_json, task_request
 from longnet.serve.responses import EventStream, Inbox, JobResponse, WholeResponse
 from longnet.serve.sessions import Session, SessionStore
+from longnet.tasks.annotations import Annotation, record_of
+from longnet.tasks.documents import Document
 
 log = logging.getLogger("longnet.serve")
 
@@ -278,15 +280,17 @@ class Api:
         return [vars(prediction) for prediction in self.classifier.predict(texts, passages=passages)]
 
     def _extracted(self, texts: list[str], _: int) -> list[dict[str, Any]]:
-        found = self.extractor.extract(texts)
-        return [
-            {
-                "entities": [
-                    {"start": s, "end": e, "label": label, "text": content[s:e]} for s, e, label in spans
-                ]
-            }
-            for content, spans in zip(texts, found, strict=True)
-        ]
+        """The JSON of `longnet extract predict`, without ids; clusters and relations where the model has learned them."""
+        from longnet.tasks.knowledge import KnowledgeExtractor
+
+        kept = ["entities"]
+        if isinstance(self.extractor, KnowledgeExtractor):
+            found = self.extractor.read(texts)
+            kept += ["clusters", "relations"]
+        else:
+            found = [Annotation(spans) for spans in self.extractor.extract(texts)]
+        records = [record_of(Document("", t, ""), a) for t, a in zip(texts, found, strict=True)]
+        return [{key: record[key] for key in kept} for record in records]
 
 
 class _Completion:

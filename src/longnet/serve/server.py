@@ -116,9 +116,9 @@ def build(config: ServeConfig) -> tuple[Engine, Api]:
 
         classifier = DocumentClassifier.load(config.classify, device)
     if config.extract is not None:
-        from longnet.tasks.extraction import EntityExtractor
+        from longnet.tasks.knowledge import load_extractor
 
-        extractor = EntityExtractor.load(config.extract, device)
+        extractor = load_extractor(config.extract, device)
     if config.model is not None:
         model = load(config.model, device, config.dtype)
         name = weights_name(config.model) if config.session_folder is not None else "this run's"
