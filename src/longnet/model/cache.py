@@ -47,7 +47,7 @@ class LongNetCache(CacheBatch):
     """
 
     is_compileable = False
-    is_sliding = (False,)
+    is_sliding = is_linear = is_dummy = (False,)
     is_croppable = False
 
     def __init__(

@@ -60,7 +60,7 @@ class LongNetConfig(PreTrainedConfig):
     """
 
     model_type = "longnet"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     vocab_size: int = 260
     hidden_size: int = 768
