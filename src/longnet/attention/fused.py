@@ -67,19 +67,20 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def tiles(head_width: int, itemsize: int, shared: int) -> Tiles:
+def tiles(head_width: int, itemsize: int, shared: int, causal: bool = True) -> Tiles:
     """Tiles for a head width and size of element that fit into `shared` bytes of shared memory per program (99 KiB at least)."""
-    # The first column: best of 8 to 10 tiles per kernel and width (H200, bf16, causal, rows of 2048). The others fit.
+    # The first column: best of 8 to 19 tiles per kernel and width (H200, bf16, rows of 2048). The others fit.
     if itemsize == 4:
         return Tiles(Tile(32, 32, 1, 4), Tile(32, 32, 1, 4), Tile(32, 32, 1, 4))
     if head_width <= 64:
-        return Tiles(Tile(64, 64, 3, 4), Tile(64, 64, 3, 4), Tile(32, 128, 3, 4))
+        return Tiles(Tile(64, 64, 2, 4), Tile(64, 64, 3, 4), Tile(32, 128, 3, 4))
+    forward = Tile(64, 32, 2, 4) if causal or shared < 164 * KIB else Tile(64, 64, 3, 4)
     if shared >= 227 * KIB:
-        return Tiles(Tile(64, 32, 3, 4), Tile(64, 32, 3, 4), Tile(64, 64, 2, 4))
+        return Tiles(forward, Tile(64, 32, 3, 4), Tile(64, 64, 2, 4))
     # 64 query rows of dkv would fit as well, but spill registers on GPUs before Hopper.
     if shared >= 164 * KIB:
-        return Tiles(Tile(64, 32, 3, 4), Tile(64, 32, 3, 4), Tile(32, 64, 2, 4))
-    return Tiles(Tile(64, 32, 3, 4), Tile(64, 32, 2, 4), Tile(32, 64, 2, 4))
+        return Tiles(forward, Tile(64, 32, 3, 4), Tile(32, 64, 2, 4))
+    return Tiles(forward, Tile(64, 32, 2, 4), Tile(32, 64, 2, 4))
 
 
 class Launch(NamedTuple):
@@ -164,7 +165,7 @@ def forward(
     if not batch:
         return out, lse
     launch = _prepare(q, k, v, lengths, pattern, causal, scale, start)
-    tile = tiles(width, q.element_size(), shared_memory(q.device)).forward
+    tile = tiles(width, q.element_size(), shared_memory(q.device), causal).forward
     with torch.cuda.device_of(q):
         for at, (w, rate) in enumerate(launch.branches()):
             count, grid = launch.grid(w, rate, tile.queries, over_keys=False)
@@ -199,7 +200,7 @@ def backward(
     dq, dk, dv = grads
     launch = _prepare(q, k, v, lengths, pattern, causal, scale, start)
     dout = _aligned(dout.contiguous())
-    chosen = tiles(q.shape[3], q.element_size(), shared_memory(q.device))
+    chosen = tiles(q.shape[3], q.element_size(), shared_memory(q.device), causal)
     with torch.cuda.device_of(q):
         delta = row_dot(dout, out.contiguous(), dlse)
         for at, (w, rate) in enumerate(launch.branches()):

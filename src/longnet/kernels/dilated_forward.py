@@ -1,4 +1,4 @@
-"""Dilated attention, one branch a launch: flash attention over strided rows, joined to what is there in the epilogue.
+"""Dilated attention, one branch a launch: flash attention over strided rows that goes on where the branches before ended.
 
 Row m of segment g at offset s is token g w + s + m r. A program owns `BM` query rows of one head in one segment. Tensor
 descriptors address rows by their stride, cut them off at the segment's end and widen D to a power of two with zeros.
@@ -103,12 +103,25 @@ def dilated_forward(
         at_key = origin + offset + key * rate
         k_rows = strided_rows(k + b * skb, at_key, keys, skn, skh, head // G, rate, D=D, BD=BD, ROWS=BN)
         v_rows = strided_rows(v + b * svb, at_key, keys, svn, svh, head // G, rate, D=D, BD=BD, ROWS=BN)
+        o_rows = strided_rows(
+            out + b * num_queries * num_heads * D, first, queries if FIRST else valid_queries, num_heads * D, D, head, rate,
+            D=D, BD=BD, ROWS=BM,
+        )  # fmt: skip
         qt = q_rows.load([i, 0])
         m = i + tl.arange(0, BM)
         row = m + skip
-        top = tl.full((BM,), float("-inf"), tl.float32)
-        total = tl.zeros((BM,), tl.float32)
-        acc = tl.zeros((BM, BD), tl.float32)
+        ok = m < valid_queries
+        p_lse = lse + (b * num_heads + head) * num_queries + first + m.to(tl.int64) * rate
+        if FIRST:
+            top = tl.full((BM,), float("-inf"), tl.float32)
+            total = tl.zeros((BM,), tl.float32)
+            acc = tl.zeros((BM, BD), tl.float32)
+        else:
+            # The branches before are a block of keys already seen: maximum lse, sum 1, mean out. The first branch holds
+            # every token, so lse is finite.
+            top = tl.load(p_lse, ok, float("-inf")) * 1.4426950408889634
+            total = tl.where(ok, 1.0, 0.0)
+            acc = o_rows.load([i, 0]).to(tl.float32)
         end = keys
         full = keys // BN * BN
         if CAUSAL:
@@ -122,24 +135,7 @@ def dilated_forward(
             acc, top, total, qt, k_rows, v_rows, full, end, row, keys, scale2, qt.dtype, BN=BN, MASK=True,
             CAUSAL=CAUSAL, STAGES=STAGES, PREC=PREC,
         )  # fmt: skip
-        d = tl.arange(0, BD)
-        ok = m < valid_queries
         weight = tl.where(ok, 1.0 / total, 0.0)
-        here = tl.where(ok, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-        at = first + m.to(tl.int64) * rate
-        p_lse = lse + (b * num_heads + head) * num_queries + at
-        p_out = out + ((b * num_queries + at) * num_heads + head)[:, None] * D + d[None, :]
-        if FIRST:
-            written = m < queries
-            value = tl.where(ok[:, None], acc * weight[:, None], 0.0)
-        else:
-            written = ok
-            there = tl.load(p_lse, ok, float("-inf"))
-            # Equals log(e^there + e^here); `there` is finite: the first branch holds every token.
-            low = tl.exp(tl.minimum(there, here) - tl.maximum(there, here))
-            joint = tl.maximum(there, here) + tl.log(1.0 + low)
-            before = tl.load(p_out, ok[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
-            value = before * tl.exp(there - joint)[:, None] + acc * (weight * tl.exp(here - joint))[:, None]
-            here = joint
-        tl.store(p_lse, here, written)
-        tl.store(p_out, value.to(out.dtype.element_ty), written[:, None] & (d < D)[None, :])
+        joint = tl.where(ok, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        tl.store(p_lse, joint, (m < queries) if FIRST else ok)
+        o_rows.store([i, 0], tl.where(ok[:, None], acc * weight[:, None], 0.0).to(out.dtype.element_ty))
