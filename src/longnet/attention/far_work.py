@@ -120,6 +120,17 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
     }
 
 
+# (rows, warps, stages) of the kernels over the readers of a leaf.
+LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 1)}
+
+
+def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
+    rows, warps, stages = LEAF_TILES[kernel]
+    if dtype == torch.float32:
+        rows, stages = 32, 1
+    return tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+
+
 def cover_constants(geometry: Geometry) -> dict:
     return {
         "BLOCK": geometry.block,
@@ -169,7 +180,10 @@ class Tables:
         lead = (geometry.levels, shape.pairs, chunk.tiles)
         whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
         self.united, self.members = whole(*lead, self.most), whole(*lead, self.most)
-        self.sizes, self.kept = torch.zeros(lead, dtype=torch.int32, device=device), whole(*lead, self.columns)
+        self.sizes, self.kept = (
+            torch.zeros(lead, dtype=torch.int32, device=device),
+            whole(*lead, self.columns),
+        )
         self.places = torch.full((*lead, self.most, chunk.tile), -1, dtype=torch.int16, device=device)
         self.scratch = torch.empty(*lead[1:], chunk.tile * geometry.beam, dtype=torch.int64, device=device)
 
@@ -205,7 +219,9 @@ class Tables:
         return tables
 
 
-def leaf_items(routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+def leaf_items(
+    routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk
+) -> tuple[Tensor, Tensor, Tensor]:
     """`sorted_items` of a chunk's opened leaves; positions count in (pairs, chunk.tokens, top_k)."""
     opened = routes.opened[:, :, chunk.first : chunk.first + chunk.tokens, 0, : geometry.top_k]
     missing = chunk.tokens - opened.shape[2]

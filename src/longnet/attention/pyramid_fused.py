@@ -34,8 +34,12 @@ class _Build(torch.autograd.Function):
     def forward(ctx, k, v, prior, scale, block, radix, sizes, lengths):
         batch, _, key_heads, width = k.shape
         nodes = sum(sizes)
-        kbar, vbar = (torch.empty(batch, nodes, key_heads, width, dtype=k.dtype, device=k.device) for _ in "kv")
-        mass, entropy = (torch.empty(batch, nodes, key_heads, dtype=torch.float32, device=k.device) for _ in "me")
+        kbar, vbar = (
+            torch.empty(batch, nodes, key_heads, width, dtype=k.dtype, device=k.device) for _ in "kv"
+        )
+        mass, entropy = (
+            torch.empty(batch, nodes, key_heads, dtype=torch.float32, device=k.device) for _ in "me"
+        )
         lengths = None if lengths is None else lengths.to(k.device, torch.int64)
         ctx.constants = (scale, block, radix, sizes)
         tile, leaf = _tiles(k, prior, lengths, block)
@@ -48,7 +52,16 @@ class _Build(torch.autograd.Function):
         for level in range(1, len(sizes)):
             if sizes[level]:
                 kernels.pool_nodes[(sizes[level], key_heads, batch)](
-                    kbar, vbar, mass, entropy, first[level - 1], first[level], nodes, key_heads, RADIX=radix, **tile
+                    kbar,
+                    vbar,
+                    mass,
+                    entropy,
+                    first[level - 1],
+                    first[level],
+                    nodes,
+                    key_heads,
+                    RADIX=radix,
+                    **tile,
                 )
         ctx.save_for_backward(k, v, prior, lengths, kbar, vbar, mass, entropy)
         return kbar, vbar, mass, entropy

@@ -35,8 +35,12 @@ def leaf_forward(
         d = tl.arange(0, BD)
         d_ok = d < D
         at = (leaf_of_pair % num_leaves) * BLOCK + tl.arange(0, BLOCK)
-        kt = tl.load(k + b * skb + at[:, None] * skn + kh * skh + d[None, :], d_ok[None, :] & (at >= 0)[:, None], 0.0)
-        vt = tl.load(v + b * svb + at[:, None] * svn + kh * svh + d[None, :], d_ok[None, :] & (at >= 0)[:, None], 0.0)
+        kt = tl.load(
+            k + b * skb + at[:, None] * skn + kh * skh + d[None, :], d_ok[None, :] & (at >= 0)[:, None], 0.0
+        )
+        vt = tl.load(
+            v + b * svb + at[:, None] * svn + kh * svh + d[None, :], d_ok[None, :] & (at >= 0)[:, None], 0.0
+        )
         q_base = q + b * sqb + kh * G * sqh
         row = tl.arange(0, BM)
         for r0 in tl.range(0, count, BM):
@@ -100,7 +104,9 @@ def leaf_backward(
             head = kh * G + g
             row_ok = ok[:, None] & d_ok[None, :]
             qt = tl.load(q_base + token[:, None] * sqn + g[:, None] * sqh + d[None, :], row_ok, 0.0)
-            do = tl.load(dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0)
+            do = tl.load(
+                dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0
+            )
             at_lse = (b * num_heads + head) * num_tokens + token
             lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
             dl = tl.load(delta + at_lse, ok, 0.0)

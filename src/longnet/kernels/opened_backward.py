@@ -73,7 +73,9 @@ def far_dq(
                 kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
                 vt = load_rows(vbar_base, node, c < size, num_key_heads * D, d, D)
                 h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
-                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (h[None, :] + bias[:, None])
+                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
+                    h[None, :] + bias[:, None]
+                )
                 p = tl.where(((bits[None, :] >> t_row[:, None]) & 1) != 0, tl.exp2(s), 0.0)
                 ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
                 acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
@@ -86,7 +88,9 @@ def far_dq(
         for n in tl.range(0, TOP_K):
             there = tl.load(opened + slot + n, ok, -1) >= 0
             place = ((tile * T + t_row) * TOP_K + n) * G + g
-            acc += tl.load(part + place[:, None] * D + d[None, :], there[:, None] & row_ok, 0.0).to(tl.float32)
+            acc += tl.load(part + place[:, None] * D + d[None, :], there[:, None] & row_ok, 0.0).to(
+                tl.float32
+            )
             dbias_sum += tl.load(part_score + place, there, 0.0)
             dmix_sum += tl.load(part_mix + place, there, 0.0)
         tl.store(dbias + at_scalar * levels, dbias_sum, ok)
@@ -183,13 +187,15 @@ def node_dkv(
 
 
 @triton.jit
-def sum_items(partial, first_item, out, width, BW: tl.constexpr):
-    """out[group] = the sum of partial[first_item[group] : first_item[group + 1]], in that order; no atomics."""
+def sum_items(partial, first_item, out, width, BW: tl.constexpr, ADD: tl.constexpr):
+    """out[group] = or += the sum of partial[first_item[group] : first_item[group + 1]], in that order; no atomics."""
     group = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BW + tl.arange(0, BW)
     begin = tl.load(first_item + group)
     end = tl.load(first_item + group + 1)
     total = tl.zeros((BW,), tl.float32)
+    if ADD:
+        total = tl.load(out + group * width + at, at < width, 0.0)
     for item in range(begin, end):
         total += tl.load(partial + item * width + at, at < width, 0.0)
     tl.store(out + group * width + at, total, at < width)

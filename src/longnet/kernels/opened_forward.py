@@ -64,7 +64,9 @@ def far_attend(
                 kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
                 vt = load_rows(vbar_base, node, c < size, num_key_heads * D, d, D)
                 h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
-                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (h[None, :] + bias[:, None])
+                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
+                    h[None, :] + bias[:, None]
+                )
                 s = tl.where(((bits[None, :] >> t_row[:, None]) & 1) != 0, s, float("-inf"))
                 new = tl.maximum(m, tl.max(s, 1))
                 rescale = tl.exp2(m - new)

@@ -19,7 +19,9 @@ def _weights(z):
 
 
 @triton.jit
-def _leaf_mass(kt, prior, lengths, b, kh, token, d, scale, D: tl.constexpr, PRIOR: tl.constexpr, LENGTHS: tl.constexpr):
+def _leaf_mass(
+    kt, prior, lengths, b, kh, token, d, scale, D: tl.constexpr, PRIOR: tl.constexpr, LENGTHS: tl.constexpr
+):
     """z of a leaf's tokens, before those beyond the sequence are dropped, and the prior query."""
     p = tl.zeros_like(d).to(tl.float32)
     if PRIOR:

@@ -113,7 +113,8 @@ def score(
 ):  # fmt: skip
     """scores (pairs, tiles T, width) fp32 of every token's candidates at a level: the mean over the group of their softmax.
 
-    A level's bias moves all logits of a head alike and so no score. Tokens with no more candidates than places open them all: nobody asks for their scores.
+    A level's bias moves all logits of a head alike and so no score. Tokens with no more candidates than places open them
+    all: nobody asks for their scores.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
@@ -166,9 +167,13 @@ def score(
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
             p = tl.exp2(tl.minimum(s - top[:, None], 0.0)) * share[:, None]
             p = tl.sum(tl.reshape(p, (T, GP, BC)), 1)
-            place = tl.load(places + (tile * most + c // RADIX)[None, :] * T + t[:, None], is_child[None, :], 0).to(tl.int32)
+            place = tl.load(
+                places + (tile * most + c // RADIX)[None, :] * T + t[:, None], is_child[None, :], 0
+            ).to(tl.int32)
             at = tl.where(
-                is_child[None, :], place * RADIX + (c % RADIX)[None, :], (parents * RADIX + c - union_size * RADIX)[None, :]
+                is_child[None, :],
+                place * RADIX + (c % RADIX)[None, :],
+                (parents * RADIX + c - union_size * RADIX)[None, :],
             )
             tl.store(to + at, p, (place >= 0) & (c < size)[None, :] & (t0 + t < num_tokens)[:, None])
 
