@@ -1,115 +1,261 @@
-"""Hierarchical attention against cuDNN's dense attention and fla's NSA, on the same machine in the same run."""
+"""Hierarchical attention against the library's dense attention and fla's NSA, on the same machine in the same run.
+
+PYTHONPATH=src python benchmarks/hierarchical.py --fla FOLDER_WITH_FLA_AND_EINOPS --groups cover whole cost memory
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hierarchical_cases import CASES, COVER, OPENED, SMALL, SMALL_CASES, SMALL_COVER, Case
 from longnet import HierarchicalPattern, hierarchical_attention
-from run import environment, quantiles
+from run import environment
 
-OPENED = HierarchicalPattern(radix=16, top_k=16, beam=32)
-COVER = HierarchicalPattern(radix=16, top_k=0)
-
-
-def tensors(tokens: int, heads: int, key_heads: int, width: int, batch: int = 1) -> list[torch.Tensor]:
-    shapes = [(batch, tokens, h, width) for h in (heads, key_heads, key_heads)]
-    return [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+GROUPS = ("cover", "whole", "cost", "memory")
+# Seconds that the timed calls of one direction may take together, beyond the least number of them.
+PATIENCE = 4.0
 
 
-def measure(name: str, attend, inputs: list[torch.Tensor], flops: float | None = None) -> dict:
-    """One row: forward and backward, p20, median, p80 in ms; the peak of both beyond inputs."""
-    row: dict = {"case": name, "tokens": inputs[0].shape[1]}
+def inputs(case: Case, device: str) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes = [(case.batch, case.tokens, heads, case.width) for heads in (case.heads, case.key_heads, case.key_heads)]  # fmt: skip
+    return [torch.randn(s, device=device, dtype=dtype, generator=generator).requires_grad_() for s in shapes]
+
+
+def pattern_of(case: Case, small: bool) -> HierarchicalPattern:
+    patterns = (SMALL, SMALL_COVER) if small else (OPENED, COVER)
+    return patterns[case.who == "cover"]
+
+
+def attention(case: Case, options: argparse.Namespace) -> Attention:
+    if case.who == "dense":
+        return dense(options.device)
+    if case.who == "nsa":
+        return nsa(case, options)
+    pattern = pattern_of(case, options.small)
+    impl = "triton" if options.device == "cuda" else "torch"
+    return lambda q, k, v: hierarchical_attention(q, k, v, pattern, impl=impl).out  # type: ignore[arg-type]
+
+
+def dense(device: str) -> Attention:
+    backend = SDPBackend.CUDNN_ATTENTION if device == "cuda" else SDPBackend.MATH
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+    return attend
+
+
+def nsa(case: Case, options: argparse.Namespace) -> Attention:
+    """fla's operation with its compressed and its selected branch: 16 blocks of 64, no window."""
+    if not options.fla:
+        raise ValueError("no --fla given")
+    if options.fla not in sys.path:
+        sys.path.insert(0, options.fla)
+    from fla.ops.nsa import parallel_nsa
+
+    shape = (case.batch, case.tokens, case.heads)
+    gates = [torch.rand(shape, device=options.device, dtype=torch.bfloat16) for _ in range(2)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = parallel_nsa(q=q, k=k, v=v, g_cmp=gates[0], g_slc=gates[1], block_counts=16, block_size=64)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
+def check(case: Case, options: argparse.Namespace) -> None:
+    """The first tokens, kernels against plain tensor operations in fp32; raises if they disagree.
+
+    Scores differ by rounding, so a near tie may fall the other way: a few tokens may differ where blocks are opened.
+    """
+    case = replace(case, tokens=min(case.tokens, 4096), batch=1)
+    q, k, v = inputs(case, options.device)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    pattern = pattern_of(case, options.small)
+    out = attention(case, options)(q, k, v)
+    true = hierarchical_attention(*exact, pattern, impl="torch").out
+    differ = (out.float() - true).norm(dim=-1) > 0.03 * true.norm(dim=-1)
+    allowed = 0.02 if pattern.top_k else 0.0
+    if not differ.float().mean() <= allowed:
+        raise ValueError(f"{differ.float().mean():.2%} of the outputs differ from fp32; not timed")
+    if not pattern.top_k:
+        dout = torch.randn_like(true)
+        got = torch.autograd.grad(out, (q, k, v), dout.to(out.dtype))
+        want = torch.autograd.grad(true, exact, dout)
+        for name, a, b in zip("qkv", got, want, strict=True):
+            if not (a.float() - b).norm() < 2e-2 * b.norm():
+                raise ValueError(f"d{name} differs from fp32; not timed")
+
+
+def timed(call: Callable[[], object], device: str) -> list[float]:
+    """p20, median, p80 in milliseconds of 3 to 10 calls, after two that warm up."""
+    times: list[float] = []
+    for i in range(12):
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            elapsed = begin.elapsed_time(end)
+        else:
+            began = time.perf_counter()
+            call()
+            elapsed = 1e3 * (time.perf_counter() - began)
+        if i >= 2:
+            times.append(elapsed)
+        if len(times) >= 3 and sum(times) > 1e3 * PATIENCE:
+            break
+    times.sort()
+    count = len(times)
+    return [times[count // 5], (times[(count - 1) // 2] + times[count // 2]) / 2, times[-1 - count // 5]]
+
+
+def visible(case: Case, options: argparse.Namespace) -> float | None:
+    """Operations forward on the keys that are visible; None where the count would depend on the peer's own rules."""
+    if case.who == "dense":
+        return 4 * case.batch * case.heads * case.width * case.tokens * (case.tokens + 1) / 2
+    if case.who == "nsa":
+        return None
+    return pattern_of(case, options.small).flops(case.tokens, case.heads, case.width)
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict:
+    """One row: milliseconds forward and backward, TFLOP/s, and the peak beyond the inputs."""
+    row: dict = {"group": case.group, "who": case.who, "case": case.name, "tokens": case.tokens}
+    row |= {"heads": case.heads, "key_heads": case.key_heads, "width": case.width, "batch": case.batch}
     try:
-        out = attend(*inputs)
+        if case.who in ("opened", "cover"):
+            check(case, options)
+        attend, tensors = attention(case, options), inputs(case, options.device)
+        with torch.no_grad():
+            row["forward_ms"] = timed(lambda: attend(*tensors), options.device)
+        out = attend(*tensors)
         dout = torch.randn_like(out)
-
-        def forward() -> None:
-            with torch.no_grad():
-                attend(*inputs)
-
-        row["forward_ms"] = quantiles(forward, "cuda")
-        row["backward_ms"] = quantiles(
-            lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True), "cuda"
-        )
-        del out
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        torch.autograd.grad(attend(*inputs), inputs, dout)
-        row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-        if flops:
+        backward = lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)  # noqa: E731
+        row["backward_ms"] = timed(backward, options.device)
+        del out, backward
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(attend(*tensors), tensors, dout)
+            row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        total = case.batch * case.tokens
+        row["us_per_token"] = 1e3 * (row["forward_ms"][1] + row["backward_ms"][1]) / total
+        if flops := visible(case, options):
             row["forward_tflops"] = flops / row["forward_ms"][1] / 1e9
             row["backward_tflops"] = 2.5 * flops / row["backward_ms"][1] / 1e9
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"[:200]
+    except Exception as error:  # a peer that cannot run here is a row that says why
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
     print(json.dumps(row), flush=True)
     return row
 
 
-def cudnn(q, k, v):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def ratios(rows: list[dict]) -> list[str]:
+    """What the rows say next to each other."""
+    good = [row for row in rows if "error" not in row]
+    lines = []
+    for row in good:
+        if row["who"] == "cover":
+            lines += [_rates(row, base) for base in good if base["group"] == "cover" and base["who"] == "dense"
+                      and base["width"] == row["width"]]  # fmt: skip
+        elif row["group"] == "whole" and row["who"] == "opened":
+            lines += [_speedup(row, base) for base in good if base["group"] == "whole" and base["who"] != "opened"
+                      and all(base[x] == row[x] for x in ("tokens", "key_heads"))]  # fmt: skip
+        elif row["group"] == "memory" and "peak_gib" in row:
+            each = row["peak_gib"] * 2**20 / row["tokens"]
+            lines.append(
+                f"{row['case']}: peak {row['peak_gib']:.1f} GiB beyond the inputs, {each:.2f} KiB a token"
+            )
+    return lines + _growth([row for row in good if row["group"] == "cost"])
+
+
+def _rates(row: dict, base: dict) -> str:
+    forward, backward = (row[f"{d}_tflops"] / base[f"{d}_tflops"] for d in ("forward", "backward"))
+    return f"{row['case']}: {forward:.2f} of the rate of {base['case']} forward, {backward:.2f} backward"
+
+
+def _speedup(row: dict, base: dict) -> str:
+    times = [x["forward_ms"][1] + x["backward_ms"][1] for x in (base, row)]
+    return f"{row['case']}: {times[0] / times[1]:.2f} times as fast as {base['who']}, forward and backward"
+
+
+def _growth(cost: list[dict]) -> list[str]:
+    lines = []
+    for row in cost[1:]:
+        grown = row["us_per_token"] / cost[0]["us_per_token"]
+        flops = [x["forward_tflops"] * x["forward_ms"][1] / x["tokens"] for x in (cost[0], row)]
+        lines.append(
+            f"{row['tokens']} tokens: a token costs {grown:.2f} times what it costs at {cost[0]['tokens']}; its operations grow "
+            f"{flops[1] / flops[0]:.2f} times"
+        )
+    return lines
+
+
+def report(rows: list[dict], facts: dict, folder: Path) -> str:
+    """Write JSON and Markdown; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=1))
+    lines = [", ".join(f"{k} {v}" for k, v in facts.items()), ""]
+    lines += ["Median [p20, p80]; flops count visible keys only, backward 2.5 times forward.", ""]  # fmt: skip
+    lines += [
+        "| case | forward ms | TFLOP/s | backward ms | TFLOP/s | µs a token | extra GiB |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['case']} | {row['error']} | | | | | |")
+            continue
+        cells = [row["case"]]
+        for direction in ("forward", "backward"):
+            low, middle, high = row[f"{direction}_ms"]
+            rate = row.get(f"{direction}_tflops")
+            cells += [f"{middle:.2f} [{low:.2f}, {high:.2f}]", "" if rate is None else f"{rate:.0f}"]
+        cells += [
+            f"{row['us_per_token']:.3f}",
+            f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join([*lines, "", *(f"- {line}" for line in ratios(rows))]) + "\n"
+    (folder / "results.md").write_text(text)
+    return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fla", help="folder that holds the packages fla and einops")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768, 131072])
-    parser.add_argument("--long", type=int, nargs="*", default=[1048576])
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="tiny cases: a smoke test, no claim")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hierarchical"))
     options = parser.parse_args()
-    torch.manual_seed(0)
-    rows = [
-        measure(
-            "cuDNN N=2048, 16 heads",
-            cudnn,
-            tensors(2048, 16, 16, 128, 64),
-            4 * 64 * 16 * 128 * 2048 * 2049 / 2,
-        )
-    ]
-    for key_heads in (16, 4, 1):
-        inputs = tensors(131072, 16, key_heads, 128)
-        rows.append(
-            measure(
-                f"cover, {key_heads} key heads",
-                lambda q, k, v: hierarchical_attention(q, k, v, COVER, impl="triton").out,
-                inputs,
-                COVER.flops(131072, 16, 128),
-            )
-        )
-    for tokens in options.tokens:
-        for key_heads in (1, 4):
-            inputs = tensors(tokens, 16, key_heads, 128)
-            attend = lambda q, k, v: hierarchical_attention(q, k, v, OPENED, impl="triton").out  # noqa: E731
-            rows.append(measure(f"opened, {key_heads} key heads", attend, inputs))
-        rows.append(measure("cuDNN dense, 1 key head", cudnn, tensors(tokens, 16, 1, 128)))
-        if options.fla:
-            sys.path.insert(0, options.fla)
-            from fla.ops.nsa import parallel_nsa
-
-            gates = [torch.rand(1, tokens, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-
-            def nsa(q, k, v, gates=gates):
-                out = parallel_nsa(
-                    q=q, k=k, v=v, g_cmp=gates[0], g_slc=gates[1], block_counts=16, block_size=64
-                )
-                return out[0] if isinstance(out, tuple) else out
-
-            rows.append(measure("fla NSA, 1 key head", nsa, tensors(tokens, 16, 1, 128)))
-    for tokens in options.long:
-        attend = lambda q, k, v: hierarchical_attention(q, k, v, OPENED, impl="triton").out  # noqa: E731
-        rows.append(measure("opened, 1 key head", attend, tensors(tokens, 16, 1, 128)))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(
-        json.dumps({"environment": environment("cuda"), "rows": rows}, indent=1)
-    )
+    facts, rows = environment(options.device), []
+    for case in SMALL_CASES if options.small else CASES:
+        if case.group in options.groups:
+            rows.append(measure(case, options))
+            text = report(rows, facts, options.out)
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+    print(text)
 
 
 if __name__ == "__main__":

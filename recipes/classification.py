@@ -24,6 +24,7 @@ from longnet.tasks.fit import pick_device
 from longnet.tasks.metrics import classification_report
 from longnet.text import encode
 from longnet.train.masking import mask_spans
+from results import record
 
 # (bytes read, starts from pre-training, share of the time)
 RUNS = {
@@ -81,12 +82,10 @@ def compare(task: str, splits: dict[str, Split], args: argparse.Namespace) -> No
                 (t, y) for t, y, k in zip(splits[name].texts, splits[name].labels, known, strict=True) if k
             ]
             splits[name] = Split([t for t, _ in kept], [y for _, y in kept])
-    rows = tfidf(splits, labels) if args.baselines_only else neural(splits, labels, args)
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    results.setdefault(task, {}).update(rows)
-    args.output.write_text(json.dumps(results, indent=1))
-    args.output.with_suffix(".md").write_text("\n\n".join(table(t, r) for t, r in results.items()) + "\n")
-    print(table(task, results[task]))
+    if args.baselines_only:
+        record(args.output, task, TFIDF, tfidf(splits, labels))
+    else:
+        neural(task, splits, labels, args)
 
 
 def score(gold: list[str], predicted: list[str], texts: list[str], labels: list[str]) -> dict[str, float]:
@@ -100,7 +99,7 @@ def score(gold: list[str], predicted: list[str], texts: list[str], labels: list[
     }
 
 
-def tfidf(splits: dict[str, Split], labels: list[str]) -> dict[str, list[dict[str, float]]]:
+def tfidf(splits: dict[str, Split], labels: list[str]) -> dict[str, float]:
     """Word 1- and 2-grams; C and balanced class weights chosen on validation."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -121,12 +120,10 @@ def tfidf(splits: dict[str, Split], labels: list[str]) -> dict[str, list[dict[st
     assert chosen is not None
     figures = score(splits["test"].labels, chosen.predict(x["test"]).tolist(), splits["test"].texts, labels)
     # Deterministic: one run is all seeds.
-    return {TFIDF: [{**figures, "seconds": time.perf_counter() - started}]}
+    return {**figures, "seconds": time.perf_counter() - started}
 
 
-def neural(
-    splits: dict[str, Split], labels: list[str], args: argparse.Namespace
-) -> dict[str, list[dict[str, float]]]:
+def neural(task: str, splits: dict[str, Split], labels: list[str], args: argparse.Namespace) -> None:
     model = {
         **PATTERN,
         **({"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128} if args.reduced else {}),
@@ -135,11 +132,11 @@ def neural(
     texts = splits["train"].texts
     shares = sum(share for _, _, share in RUNS.values()) * len(args.seeds)
     unit = args.budget_minutes * (1 - PRETRAINING_SHARE) / shares
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
         pretrained = Path(folder) / "mlm"
         minutes = args.budget_minutes * PRETRAINING_SHARE
-        rows["masked-span pre-training"] = [pretrain(texts, preset, model, minutes, args, pretrained)]
+        figures = pretrain(texts, preset, model, minutes, args, pretrained)
+        record(args.output, task, "masked-span pre-training", figures)
         for seed in args.seeds:
             for name, (most, from_mlm, share) in RUNS.items():
                 config = ClassifyConfig(
@@ -162,9 +159,7 @@ def neural(
                     "seconds": summary.seconds,
                     "epochs": summary.epochs,
                 }
-                rows[name].append({**figures, **extra, "seed": seed})
-                print(name, json.dumps(rows[name][-1]), flush=True)
-    return rows
+                record(args.output, task, name, {**figures, **extra, "seed": seed})
 
 
 def pretrain(
@@ -200,29 +195,3 @@ def pretrain(
     last = statistics.fmean(bits[-20:])
     print(f"pre-training: {step} steps, bits per masked byte {bits[0]:.3f} -> {last:.3f}", flush=True)
     return {"steps": step, "bits_first": bits[0], "bits_last": last, "seconds": time.perf_counter() - started}
-
-
-def table(task: str, rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: mean and standard deviation over seeds."""
-
-    def cell(runs: list[dict[str, float]], key: str, scale: float = 100) -> str:
-        values = [scale * run[key] for run in runs]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.1f}{spread}"
-
-    lines = [
-        f"### {task}",
-        "",
-        "| model | accuracy | macro F1 | accuracy, > 4,096 bytes | seconds of training | seeds |",
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    for name, runs in rows.items():
-        if runs and "accuracy" in runs[0]:
-            cells = [
-                cell(runs, "accuracy"),
-                cell(runs, "macro_f1"),
-                cell(runs, "accuracy_long"),
-                cell(runs, "seconds", 1),
-            ]
-            lines.append(f"| {name} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines)

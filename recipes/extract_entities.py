@@ -13,13 +13,14 @@ import argparse
 import gzip
 import json
 import re
-import statistics
 import time
 from collections import Counter
 from pathlib import Path
 
-from longnet.tasks.extraction import ExtractConfig, Span, fit_extractor
+from longnet.tasks.annotations import Span
+from longnet.tasks.extraction import ExtractConfig, fit_extractor
 from longnet.tasks.metrics import set_f1
+from results import record
 
 PATTERN = {"segment_lengths": [512, 4096, 32768], "dilation_rates": [1, 8, 64]}
 # name: (pattern, bytes read, share of the time)
@@ -92,21 +93,15 @@ def main() -> None:
         splits = {name: (texts[:24], gold[:24]) for name, (texts, gold) in splits.items()}
     started = time.perf_counter()
     found = dictionary(splits["train"], splits["test"][0])
-    rows = {"dictionary": [{**set_f1(splits["test"][1], found), "seconds": time.perf_counter() - started}]}
+    seconds = time.perf_counter() - started
+    record(args.output, args.task, "dictionary", {**set_f1(splits["test"][1], found), "seconds": seconds})
     if not args.baselines_only:
-        rows.update(neural(splits, args))
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    results.setdefault(args.task, {}).update(rows)
-    args.output.write_text(json.dumps(results, indent=1))
-    markdown = "\n\n".join(table(task, r) for task, r in results.items())
-    args.output.with_suffix(".md").write_text(markdown + "\n")
-    print(markdown)
+        neural(splits, args)
 
 
-def neural(splits: dict, args: argparse.Namespace) -> dict[str, list[dict]]:
+def neural(splits: dict, args: argparse.Namespace) -> None:
     small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128} if args.reduced else {}
     unit = args.budget_minutes / (len(args.seeds) * sum(share for _, _, share in RUNS.values()))
-    rows: dict[str, list[dict]] = {name: [] for name in RUNS}
     for seed in args.seeds:
         for name, (pattern, most, share) in RUNS.items():
             config = ExtractConfig(
@@ -122,26 +117,7 @@ def neural(splits: dict, args: argparse.Namespace) -> dict[str, list[dict]]:
                 "seconds": summary.seconds,
                 "epochs": summary.epochs,
             }
-            rows[name].append({**figures, "validation_f1": report["f1"], "seed": seed})
-            print(name, json.dumps(rows[name][-1]), flush=True)
-    return rows
-
-
-def table(task: str, rows: dict[str, list[dict]]) -> str:
-    """Markdown: mean and standard deviation over seeds."""
-    lines = [f"### {task}: strict span scores on test", ""]
-    lines += [
-        "| model | precision | recall | F1 | seconds of training | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, runs in rows.items():
-        cells = []
-        for key, scale in (("precision", 100), ("recall", 100), ("f1", 100), ("seconds", 1)):
-            values = [scale * run[key] for run in runs]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines)
+            record(args.output, args.task, name, {**figures, "validation_f1": report["f1"], "seed": seed})
 
 
 if __name__ == "__main__":

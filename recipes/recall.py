@@ -1,162 +1,280 @@
-"""Multi-query associative recall from scratch: what each attention can find, at the trained length and beyond it.
+"""What each attention can recall, at the trained length and beyond it, and how many blocks it has to open for that.
 
-A text begins with key-value pairs; later, among filler, keys are asked for and the next token must be the key's value. All
-models have the same layers and width and see the same batches. Writes JSON, a plot and a Markdown table.
+Tasks: multi-query associative recall, the same in a haystack of needles, passkeys, selective copying (recall_tasks.py). All
+models of a task have the same parameters, start from the same weights per seed and see the same batches. Results are written
+after every run; the same command goes on where it was stopped.
 
-    python recipes/recall.py --out recall --seeds 0 1 2            # minutes on a GPU, about an hour on two cores
-    python recipes/recall.py --out recall --steps 400 --models dense opened
+    python recipes/recall.py --task recall --out runs/recall --budget-seconds 360            # a GPU: the whole grid
+    python recipes/recall.py --task recall --out runs/small --length 256 --steps 300 --seeds 0 --models dense opened-4
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from recall_report import report
+from recall_tasks import SHORTEST, TASKS, VOCABULARY, Batch
+from variants import Variant, build, dense
 
-from longnet import LongNetConfig, LongNetForCausalLM
+from longnet import DilatedPattern, HierarchicalPattern, LongNetForCausalLM
+from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 
-FILLER, KEYS, VALUES, VOCABULARY = 4, 5, 69, 133
-TREE = {"block": 8, "radix": 4, "window_blocks": 2, "guard": 1, "top_k": 2, "beam": 8}
-MODELS = {
-    "dense": {"attention": "hierarchical", "hierarchical": TREE | {"window_blocks": 10**6}},
-    "local": {"segment_lengths": [16], "dilation_rates": [1]},
-    "dilated": {"segment_lengths": [16, 64, 256, 1024, 4096], "dilation_rates": [1, 4, 16, 64, 256]},
-    "summaries": {"attention": "hierarchical", "hierarchical": TREE | {"top_k": 0}},
-    "opened": {"attention": "hierarchical", "hierarchical": TREE},
-}
-
-
-def batch(
-    size: int, length: int, pairs: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids, targets (size, length): targets are -100 except after a key that is asked for."""
-    keys = torch.rand(size, 64, generator=generator).argsort(1)[:, :pairs] + KEYS
-    values = torch.randint(VALUES, VOCABULARY, (size, pairs), generator=generator)
-    ids = torch.full((size, length), FILLER)
-    targets = torch.full((size, length), -100)
-    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
-    places = 2 * pairs + torch.rand(size, length - 2 * pairs, generator=generator).argsort(1)[:, :pairs]
-    ids.scatter_(1, places, keys)
-    targets.scatter_(1, places, values)
-    return ids, targets
+SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.05}
+TREE = HierarchicalPattern(block=16, radix=4, window_blocks=2, guard=1, top_k=4, beam=8)
+BUDGETS = (1, 2, 4, 8)
+# The model whose number of opened blocks is also changed after training.
+CHANGED = "opened-4"
 
 
-def build(name: str, seed: int) -> LongNetForCausalLM:
-    torch.manual_seed(seed)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LongNetForCausalLM(
-        LongNetConfig(vocab_size=VOCABULARY, initializer_range=0.05, **size, **MODELS[name])
-    )
+def variants() -> dict[str, Variant]:
+    named = [dense("dense", TREE), dense("dense, no angles", TREE, turned=False)]
+    named += [Variant("local", replace(TREE, top_k=0), summaries=False)]
+    # A window of 64 and four heads: at rate 4 every position is seen, beyond it a share that falls with the rate.
+    dilated = DilatedPattern(tuple(64 * 4**i for i in range(6)), tuple(4**i for i in range(6)))
+    named += [Variant("dilated", TREE, dilated), Variant("summaries", replace(TREE, top_k=0))]
+    named += [Variant(f"opened-{k}", replace(TREE, top_k=k)) for k in BUDGETS]
+    return {variant.name: variant for variant in named}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a result depends on."""
+
+    task: str
+    length: int
+    doublings: int
+    steps: int
+    tokens: int
+    learning_rate: float
+    texts: int
+    device: str
+    path: str | None
+
+    def __post_init__(self) -> None:
+        longest = self.length * 2**self.doublings
+        if self.length < SHORTEST or self.length & (self.length - 1) or self.tokens < self.length:
+            raise ValueError(
+                f"expected --length to be a power of two >= {SHORTEST} and --tokens to hold one text; got {self.length} and "
+                f"{self.tokens}"
+            )
+        if self.task == "haystack" and longest > 16 * (VOCABULARY - 134):
+            raise ValueError(f"haystack: expected at most 16384 tokens (there are 1024 keys); got {longest}")
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.length * 2**i for i in range(self.doublings + 1)]
+
+    def autocast(self):
+        """The Triton kernels compute in 16 bits."""
+        on_gpu = self.device.startswith("cuda")
+        return torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+
+
+def answers(model: LongNetForCausalLM, batch: Batch) -> torch.Tensor:
+    """Logits (B, A, V) of the tokens after the places that ask."""
+    hidden = model.model(input_ids=batch.ids).last_hidden_state
+    return model.lm_head(hidden.gather(1, batch.places[..., None].expand(-1, -1, hidden.shape[2])))
 
 
 @torch.no_grad()
-def accuracy(model: LongNetForCausalLM, length: int, pairs: int, device: str) -> float:
-    generator = torch.Generator().manual_seed(10**6 + length)
-    right = asked = 0
-    for _ in range(max(1, 2048 // length)):
-        ids, targets = (x.to(device) for x in batch(8, length, pairs, generator))
-        guess = model(ids).logits.argmax(-1)
-        right += int((guess == targets).sum())
-        asked += int((targets != -100).sum())
-    return right / asked
-
-
-def run(name: str, seed: int, options: argparse.Namespace) -> dict:
-    model = build(name, seed).to(options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, options.steps, pct_start=0.1
-    )
-    generator = torch.Generator().manual_seed(seed)
-    curve, began = [], time.perf_counter()
-    for step in range(1, options.steps + 1):
-        ids, targets = (
-            x.to(options.device) for x in batch(options.batch, options.length, options.pairs, generator)
-        )
-        loss = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % max(1, options.steps // 8) == 0:
-            curve.append((step, round(accuracy(model, options.length, options.pairs, options.device), 4)))
-            print(
-                f"{name} seed {seed} step {step}: loss {loss.item():.3f}, accuracy {curve[-1][1]:.3f}",
-                flush=True,
-            )
-    lengths = [options.length * 2**i for i in range(options.doublings + 1)]
-    found = {n: accuracy(model, n, options.pairs, options.device) for n in lengths}
-    parameters = sum(p.numel() for p in model.parameters())
-    seconds = time.perf_counter() - began
+def accuracy(model: LongNetForCausalLM, length: int, setting: Setting) -> dict[str, float]:
+    """Share of right answers, of texts answered without an error, and the number of answers."""
+    generator = torch.Generator(setting.device).manual_seed(10**6 + length)
+    right = []
+    at_once = max(1, 2 * setting.tokens // length)
+    while sum(map(len, right)) < setting.texts:
+        batch = TASKS[setting.task](min(at_once, setting.texts), length, generator)
+        with setting.autocast():
+            right.append(answers(model, batch).argmax(-1) == batch.answers)
+    found = torch.cat(right)[: setting.texts]
     return {
-        "model": name,
-        "seed": seed,
-        "parameters": parameters,
-        "curve": curve,
-        "accuracy": found,
-        "seconds": seconds,
+        "accuracy": found.float().mean().item(),
+        "whole": found.all(1).float().mean().item(),
+        "asked": found.numel(),
     }
 
 
-def report(rows: list[dict], folder: Path, options: argparse.Namespace) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"torch": torch.__version__, "device": options.device, "tree": TREE}
-    facts |= {k: getattr(options, k) for k in ("steps", "batch", "length", "pairs", "learning_rate")}
-    (folder / "recall.json").write_text(json.dumps({"setting": facts, "rows": rows}, indent=1))
-    lengths = list(rows[0]["accuracy"])
-    lines = [
-        "| model | seeds | " + " | ".join(f"{n}" for n in lengths) + " |",
-        "|---" * (len(lengths) + 2) + "|",
-    ]
-    means = {}
-    for name in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == name]
-        means[name] = [[row["accuracy"][n] for row in mine] for n in lengths]
-        cells = [f"{sum(x) / len(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in means[name]]
-        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
-    (folder / "recall.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, cells in means.items():
-        axes.plot(lengths, [sum(x) / len(x) for x in cells], marker="o", label=name)
-    axes.axvline(options.length, color="grey", linestyle=":", label="trained length")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("accuracy")
-    axes.legend()
-    figure.savefig(folder / "recall.png", dpi=120)
+def layers(model: LongNetForCausalLM) -> Iterator[LongNetHierarchicalAttention]:
+    for module in model.modules():
+        if isinstance(module, LongNetHierarchicalAttention):
+            yield module
+
+
+def train(model: LongNetForCausalLM, name: str, seed: int, setting: Setting, deadline: float) -> list | None:
+    """The learning curve, or None if time ran out. Lengths from an eighth of the trained one, tokens a step always as many."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, setting.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, setting.learning_rate, setting.steps, pct_start=0.1
+    )
+    generator = torch.Generator(setting.device).manual_seed(seed)
+    lengths = [n for n in (setting.length // 8 * 2**i for i in range(4)) if n >= SHORTEST]
+    chosen = torch.randint(len(lengths), (setting.steps,), generator=torch.Generator().manual_seed(seed))
+    curve = []
+    for step in range(1, setting.steps + 1):
+        length = lengths[chosen[step - 1]]
+        batch = TASKS[setting.task](setting.tokens // length, length, generator)
+        with setting.autocast():
+            logits = answers(model, batch)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % max(1, setting.steps // 8) == 0:
+            curve.append((step, round(accuracy(model, setting.length, setting)["accuracy"], 4)))
+            print(
+                f"{setting.task}: {name} seed {seed} step {step}: loss {loss.item():.3f}, accuracy {curve[-1][1]:.3f}",
+                flush=True,
+            )
+        if time.time() > deadline:
+            return None
+    return curve
+
+
+def run(name: str, seed: int, setting: Setting, deadline: float) -> dict | None:
+    """Train and test one model; None if the time ended before."""
+    torch.set_num_threads(1 if setting.device.startswith("cuda") else torch.get_num_threads())
+    variant, began = variants()[name], time.time()
+    model = build(variant, seed, **SIZE).to(setting.device)
+    for layer in layers(model):
+        layer.impl = setting.path
+    curve = train(model, name, seed, setting, deadline)
+    if curve is None:
+        return None
+    width = model.config.head_dim
+    row = {
+        "model": name, "seed": seed, "curve": curve, "parameters": sum(p.numel() for p in model.parameters()),
+        "keys_share": variant.keys_share(setting.length, SIZE["num_attention_heads"]),
+        "path": setting.path or variant.path(setting.device, SIZE["num_attention_heads"], width, setting.length),
+        "accuracy": {n: accuracy(model, n, setting) for n in setting.lengths},
+    }  # fmt: skip
+    if name == CHANGED:
+        row["opened_after_training"] = opened_after_training(model, setting)
+    if row["path"] == "triton":
+        for layer in layers(model):
+            layer.impl = "torch"
+        row["accuracy_without_triton"] = accuracy(model, setting.length, setting)
+    return row | {"seconds": time.time() - began}
+
+
+def opened_after_training(model: LongNetForCausalLM, setting: Setting) -> dict[int, dict]:
+    """Accuracy by length for other numbers of opened leaves than the trained one."""
+    result = {}
+    for top_k in (*BUDGETS, 2 * BUDGETS[-1]):
+        for layer in layers(model):
+            layer.pattern = replace(layer.pattern, top_k=top_k)
+        result[top_k] = {n: accuracy(model, n, setting) for n in setting.lengths}
+    for layer in layers(model):
+        layer.pattern = replace(layer.pattern, top_k=TREE.top_k)
+    return result
+
+
+class Results:
+    """The rows so far, in a file that is whole at any time."""
+
+    def __init__(self, folder: Path, setting: Setting) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path = folder, folder / f"{setting.task}.json"
+        self.setting = asdict(setting) | {"tree": asdict(TREE), "size": SIZE}
+        self.rows: list[dict] = []
+        if self.path.exists():
+            before = json.loads(self.path.read_text())
+            if before["setting"] != json.loads(json.dumps(self.setting)):
+                raise ValueError(
+                    f"{self.path}: expected results of the same setting; it holds {before['setting']}; give another --out"
+                )
+            self.rows = before["rows"]
+
+    def has(self, name: str, seed: int) -> bool:
+        return any((row["model"], row["seed"]) == (name, seed) for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(json.loads(json.dumps(row)))
+        facts = {"torch": torch.__version__, "machine": machine(self.setting["device"])}
+        text = json.dumps({"setting": self.setting, "environment": facts, "rows": self.rows}, indent=1)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(self.path)
+
+
+def machine(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
+
+
+def grid(
+    todo: list[tuple[str, int]], setting: Setting, results: Results, workers: int, deadline: float
+) -> int:
+    """Run what is missing; returns how many runs the deadline cut off or kept from beginning."""
+    missing = 0
+    if not workers:
+        for name, seed in todo:
+            row = run(name, seed, setting, deadline) if time.time() < deadline else None
+            missing += row is None
+            if row is not None:
+                results.add(row)
+        return missing
+    # Small models leave a GPU waiting for launches: several processes share it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting: set[Future] = set()
+        while todo or waiting:
+            while todo and len(waiting) < workers and time.time() < deadline:
+                waiting.add(pool.submit(run, *todo.pop(0), setting, deadline))
+            if not waiting:
+                break
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                row = future.result()
+                missing += row is None
+                if row is not None:
+                    results.add(row)
+    return missing + len(todo)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--task", required=True, choices=list(TASKS))
+    parser.add_argument("--out", type=Path, required=True, help="folder; TASK.json, .md and .png are written")
+    parser.add_argument("--models", nargs="+", default=list(variants()), choices=list(variants()))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--length", type=int, default=1024, help="longest text in training")
+    parser.add_argument("--doublings", type=int, default=4, help="tests up to 2^this times that")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--texts", type=int, default=64, help="texts of a test")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument(
-        "--doublings", type=int, default=4, help="test lengths up to 2^this times the trained one"
+        "--path", choices=["torch", "triton"], help="a path for trees instead of the best one"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=6 if cuda else 0, help="processes; 0: this one")
+    parser.add_argument("--budget-seconds", type=float, default=10**9)
     options = parser.parse_args()
-    rows: list[dict] = []
-    for seed in options.seeds:
-        for name in options.models:
-            rows.append(run(name, seed, options))
-            report(rows, options.out, options)
+    deadline = time.time() + options.budget_seconds
+    fields = ("task", "length", "doublings", "steps", "tokens", "learning_rate", "texts", "device", "path")
+    setting = Setting(**{name: getattr(options, name) for name in fields})
+    results = Results(options.out, setting)
+    todo = [(name, seed) for seed in options.seeds for name in options.models if not results.has(name, seed)]
+    missing = grid(todo, setting, results, options.workers, deadline)
+    print(report(results.path, list(variants())))
+    if missing:
+        print(f"{missing} runs were left out: the time ended. The same command goes on with them.")
 
 
 if __name__ == "__main__":

@@ -70,3 +70,38 @@ def test_the_stand_in_for_einops(monkeypatch):
                        x[..., 0].view(2, 3, 4, 6).permute(0, 3, 1, 2).reshape(2, 18, 4))  # fmt: skip
     with pytest.raises(ValueError, match="cannot split"):
         rearrange(x, "b (n g) h d -> (b n) g h d", g=5)
+
+
+def test_serving(script, tmp_path):
+    script("serve", "--device", "cpu", "--small", "--output", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["who"], row["streams"], row["context"]): row for row in report["rows"]}
+    assert len(rows) == 8
+    assert all(row["written_tokens"] == 8 * row["streams"] for row in rows.values()), rows
+    kept = {context: rows["longnet", 3, context]["kept_bytes_per_stream"] for context in (100, 400)}
+    assert kept[100] == kept[400]  # the same, whatever was read
+    assert rows["dense", 3, 400]["kept_bytes_per_stream"] > 3 * rows["dense", 3, 100]["kept_bytes_per_stream"]
+    parameters = [report["environment"][f"{who}_parameters"] for who in ("longnet", "dense")]
+    assert abs(parameters[0] / parameters[1] - 1) < 0.01
+    script("serve", "--device", "cpu", "--small", "--budget-seconds", "0", "--output", tmp_path / "none")
+    assert "more than was left" in (tmp_path / "none" / "results.md").read_text()
+
+
+def test_a_billion_in_small(script, tmp_path):
+    """Read in two runs that join, and trained on in chunks after the gradients were checked."""
+    (tmp_path / "source.py").write_text("for i in range(100):\n    print(i)\n" * 300)
+    common = ["--tokens", 9001, "--device", "cpu", "--layers", 1, "--width", 64, "--root", tmp_path]
+    common += ["--out", tmp_path / "out", "--text", tmp_path / "ids", "--chunk", 2048]
+    script("billion", "read", *common, "--max-seconds", 0, "--state", tmp_path / "state")
+    half = json.loads((tmp_path / "out/read-1x64-9001.json").read_text())
+    assert half["read"] == 2048
+    script("billion", "read", *common, "--state", tmp_path / "state")
+    whole = json.loads((tmp_path / "out/read-1x64-9001.json").read_text())
+    assert whole["read"] == 9000
+    assert whole["distinct_bytes"] == 9001
+    assert [borders[0] for borders, _ in whole["bits"]] == [0, 2048]
+    out = script("billion", "train", *common, "--steps", 3)
+    trained = json.loads((tmp_path / "out/train-1x64-9001.json").read_text())
+    assert "relative gradient errors" in out
+    losses = [step["loss"] for step in trained["steps"]]
+    assert losses[-1] < losses[0]

@@ -152,11 +152,76 @@ def test_broken_logits_raise(model):
         generate(model, prompt(4), max_new_tokens=2)
 
 
+def ngrams(ids, n):
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_ngram_is_written_twice(model, size):
+    """The oracle looks at all n-grams of the finished text; without the rule the same model repeats them."""
+    free = generate(model, prompt(9), max_new_tokens=60, temperature=0).ids[0]
+    assert len(set(ngrams(free, size))) < len(ngrams(free, size))
+    for temperature in (0, 1.0):
+        output = generate(
+            model,
+            prompt(9, batch=2),
+            lengths=[9, 4],
+            max_new_tokens=60,
+            temperature=temperature,
+            no_repeat_ngram=size,
+            seed=1,
+        )
+        for ids, reason in zip(output.ids, output.finish_reasons, strict=True):
+            assert len(set(ngrams(ids, size))) == len(ngrams(ids, size))
+            if size == 1:
+                assert sorted(ids) == list(range(VOCABULARY))  # every id once, then none is left
+            assert reason == ("exhausted" if len(ids) < 60 else "length")
+        assert size == 1 or len(output.ids[0]) > 30
+
+
+def test_only_the_repeating_ids_are_forbidden(model):
+    """Greedy without a cache, the rule applied by hand to the whole text at every step."""
+    ids, new = prompt(6), []
+    for _ in range(40):
+        logits = model(torch.cat((ids, torch.tensor([new], dtype=torch.int64)), 1)).logits[0, -1]
+        for token in range(VOCABULARY):
+            if (*new[-2:], token) in ngrams(new, 3):
+                logits[token] = -torch.inf
+        new.append(int(logits.argmax()))
+    assert generate(model, ids, max_new_tokens=40, temperature=0, no_repeat_ngram=3).ids == [new]
+
+
+def test_forbidden_ids_are_never_written(model):
+    new = generate(model, prompt(9), max_new_tokens=80, forbidden_ids=[0, 3, 7], seed=2).ids[0]
+    assert set(new) == set(range(VOCABULARY)) - {0, 3, 7}
+    few = generate(model, prompt(9), max_new_tokens=80, forbidden_ids=range(5), no_repeat_ngram=1, seed=2)
+    assert sorted(few.ids[0]) == list(range(5, VOCABULARY))
+    assert few.finish_reasons == ["exhausted"]
+
+
+def test_a_target_length_is_met(model):
+    ids, steps = prompt(9), []
+    free = generate(model, ids, max_new_tokens=30, temperature=0).ids[0]
+    end, stop = free[3], free[5:7]
+    options = {"temperature": 0, "eos_token_id": end, "stop_sequences": [stop]}
+    assert len(generate(model, ids, max_new_tokens=30, **options).ids[0]) < 10
+    output = generate(
+        model, ids, max_new_tokens=30, min_new_tokens=30, on_progress=lambda *at: steps.append(at), **options
+    )
+    assert len(output.ids[0]) == 30
+    assert end not in output.ids[0][:29]
+    assert steps == [(n, 30) for n in range(1, 31)]
+    late = generate(model, ids, max_new_tokens=30, min_new_tokens=12, **options)
+    assert end not in late.ids[0][:11]
+    assert 12 <= len(late.ids[0]) <= 30
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"max_new_tokens": -1}, {"chunk_size": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0},
         {"lengths": [5]}, {"lengths": [0]}, {"stop_sequences": [[]]}, {"repetition_penalty": 0.0},
+        {"min_new_tokens": 3}, {"min_new_tokens": -1}, {"no_repeat_ngram": 0},
         {"input_ids": torch.zeros(1, 0, dtype=torch.int64)},
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ class GenerationOutput:
 
     ids: new ids of every sequence, the end id or stop sequence included.
     cache: it has read everything but each sequence's last new id. To continue, pass it with that id as `input_ids`.
-    finish_reasons: per sequence "eos", "stop" or "length".
+    finish_reasons: per sequence "eos", "stop", "length", or "exhausted": no_repeat_ngram left no id to write.
     """
 
     ids: list[list[int]]
@@ -39,8 +39,11 @@ class _Sampler:
     recent: Tensor | None  # (B, window) ring of the last ids; an id of V marks an empty place
     generator: torch.Generator | None
     step: int = 0
+    never: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
+        if self.never is not None:
+            logits = logits.index_fill(1, self.never, -torch.inf)
         if self.recent is not None:
             vocabulary = logits.shape[1]
             seen = torch.zeros(len(logits), vocabulary + 1, dtype=torch.bool, device=logits.device)
@@ -75,17 +78,55 @@ class _Sampler:
             self.step += 1
 
 
+class RepeatedNGrams:
+    """The ids that would repeat an n-gram of what one sequence has written: O(n) a token, however long the text.
+
+    Example:
+        >>> repeats = RepeatedNGrams(3)
+        >>> for token in (1, 2, 3, 1, 2):
+        ...     repeats.add(token)
+        >>> repeats.forbidden()
+        {3}
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._last: tuple[int, ...] = ()
+        self._followers: dict[tuple[int, ...], set[int]] = {}
+
+    def add(self, token: int) -> None:
+        if len(self._last) == self.size - 1:
+            self._followers.setdefault(self._last, set()).add(token)
+        self._last = (*self._last, token)[-(self.size - 1) :] if self.size > 1 else ()
+
+    def forbidden(self) -> set[int]:
+        """Empty until an n-gram could be complete."""
+        return self._followers.get(self._last, set())
+
+
 @dataclass
 class _Progress:
     """Host-side bookkeeping: O(1) per step and sequence."""
 
     ends: frozenset[int]
     stops: list[list[int]]
-    ids: list[list[int]] = field(default_factory=list)
-    reasons: list[str | None] = field(default_factory=list)
+    ids: list[list[int]]
+    reasons: list[str | None]
+    least: int = 0
+    never: frozenset[int] = frozenset()
+    repeats: list[RepeatedNGrams] = field(default_factory=list)
+
+    def forbidden(self, b: int) -> set[int]:
+        """Ids that sequence b may not write next."""
+        repeated = self.repeats[b].forbidden() if self.repeats else set()
+        return repeated | self.ends if len(self.ids[b]) < self.least else repeated
 
     def add(self, b: int, token: int) -> None:
         self.ids[b].append(token)
+        if self.repeats:
+            self.repeats[b].add(token)
+        if len(self.ids[b]) < self.least:
+            return
         if token in self.ends:
             self.reasons[b] = "eos"
         elif any(self.ids[b][-len(stop) :] == stop for stop in self.stops):
@@ -98,6 +139,7 @@ def generate(
     input_ids: Tensor,
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     lengths: Sequence[int] | Tensor | None = None,
     chunk_size: int = 8192,
     temperature: float = 1.0,
@@ -105,27 +147,35 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     repetition_window: int = 256,
+    no_repeat_ngram: int | None = None,
+    forbidden_ids: Sequence[int] = (),
     eos_token_id: int | Sequence[int] | None = None,
     stop_sequences: Sequence[Sequence[int]] = (),
     seed: int | None = None,
     cache: LongNetCache | None = None,
     on_token: Callable[[int, int], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> GenerationOutput:
     """Read `input_ids` in chunks, then write up to `max_new_tokens` ids for every sequence.
 
     Args:
         model: called as model(input_ids, past_key_values, use_cache=True, logits_to_keep=1, lengths) -> .logits (B, 1, V).
         input_ids: (B, N) ids, padded on the right where `lengths` (B,) says so; every sequence has at least one.
+        max_new_tokens, min_new_tokens: before the least, no end id is drawn and no stop sequence ends anything; equal, they
+            are the length of what is written.
         chunk_size: tokens read at once: bounds the memory of prefill.
         temperature: 0 takes the likeliest id; else the softmax temperature.
         top_k, top_p: sample among the k likeliest, or the fewest that hold mass p.
         repetition_penalty: > 1 weakens ids among the last `repetition_window`.
+        no_repeat_ngram: n: no n ids that a sequence has written follow each other in it again; the prompt does not count.
+        forbidden_ids: never written.
         eos_token_id: id or ids that end a sequence; `stop_sequences`: id lists that do.
         seed: makes sampling repeatable on one device.
         cache: continue what this cache has read.
         on_token: called with (sequence, id) for every new id, as soon as it is known.
         on_prefill: called with (tokens read, tokens to read) after every chunk.
+        on_progress: called with (ids written by the longest sequence, max_new_tokens) after every step.
 
     Raises:
         ValueError: arguments out of range. FloatingPointError: the model gave NaN or +inf logits.
@@ -144,13 +194,30 @@ def generate(
             "expected repetition_penalty > 0 and repetition_window >= 1; got"
             f" {repetition_penalty} and {repetition_window}; 1.0 switches the penalty off"
         )
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens: expected 0 .. {max_new_tokens}, which is max_new_tokens; got {min_new_tokens}"
+        )
+    if no_repeat_ngram is not None and no_repeat_ngram < 1:
+        raise ValueError(
+            f"no_repeat_ngram: expected an integer >= 1; got {no_repeat_ngram}; None allows repeats"
+        )
     host = _host_lengths(input_ids, lengths)
     stops = [list(stop) for stop in stop_sequences]
     if any(not stop for stop in stops):
         raise ValueError("stop_sequences: expected lists of at least one id; got an empty one; leave it out")
     cache = _cache(model, cache, len(host))
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    progress = _Progress(frozenset(ends), stops, [[] for _ in host], [None] * len(host))
+    repeats = [] if no_repeat_ngram is None else [RepeatedNGrams(no_repeat_ngram) for _ in host]
+    progress = _Progress(
+        frozenset(ends),
+        stops,
+        [[] for _ in host],
+        [None] * len(host),
+        min_new_tokens,
+        frozenset(forbidden_ids),
+        repeats,
+    )
     logits = _prefill(model, input_ids, host, cache, chunk_size, on_prefill)
     generator = None
     if seed is not None:
@@ -159,7 +226,9 @@ def generate(
     if repetition_penalty != 1:
         recent = _recent(input_ids.to(logits.device), host, repetition_window, logits.shape[1])
     sampler = _Sampler(temperature, top_k, top_p, repetition_penalty, recent, generator)
-    _decode(model, logits, cache, sampler, progress, max_new_tokens, on_token)
+    if forbidden_ids:
+        sampler.never = torch.tensor(list(forbidden_ids), device=logits.device)
+    _decode(model, logits, cache, sampler, progress, max_new_tokens, on_token, on_progress)
     return GenerationOutput(progress.ids, cache, [reason or "length" for reason in progress.reasons])
 
 
@@ -205,10 +274,11 @@ def _decode(
     progress: _Progress,
     max_new_tokens: int,
     on_token: Callable[[int, int], None] | None,
+    on_progress: Callable[[int, int], None] | None,
 ) -> None:
     captured = GraphedStep(model, cache) if _can_capture(model, cache) else None
     for step in range(max_new_tokens):
-        ids = sampler(logits)
+        ids = sampler(_forbid(logits, progress))
         broken = torch.isnan(logits).any(-1) | (logits == torch.inf).any(-1)
         # One transfer per step carries the ids and the health of the logits.
         tokens, faults = torch.stack((ids, broken.long())).tolist()
@@ -224,6 +294,8 @@ def _decode(
             progress.add(b, token)
             if on_token is not None:
                 on_token(b, token)
+        if on_progress is not None:
+            on_progress(max(map(len, progress.ids)), max_new_tokens)
         if step + 1 == max_new_tokens or None not in progress.reasons:
             return
         sampler.remember(ids)
@@ -232,6 +304,22 @@ def _decode(
             logits = captured(ids[:, None]).float()
         else:
             logits = _step(model, ids[:, None], cache, None if all(going) else going)
+
+
+def _forbid(logits: Tensor, progress: _Progress) -> Tensor:
+    """logits (B, V) with -inf where an id may not come next; a sequence with no id left ends here."""
+    places: list[tuple[int, int]] = []
+    for b, reason in enumerate(progress.reasons):
+        if reason is not None:
+            continue
+        forbidden = progress.forbidden(b)
+        if len(forbidden | progress.never) >= logits.shape[1]:
+            progress.reasons[b] = "exhausted"
+        places += [(b, token) for token in forbidden if token < logits.shape[1]]
+    if not places:
+        return logits
+    rows, columns = torch.tensor(places, device=logits.device).T
+    return logits.index_put((rows, columns), logits.new_tensor(-torch.inf))
 
 
 def _can_capture(model: Any, cache: LongNetCache) -> bool:

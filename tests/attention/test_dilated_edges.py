@@ -233,7 +233,7 @@ def test_the_operator_keeps_torchs_rules():
     """Schema, fake tensors, autograd registration and ahead-of-time dispatch with dynamic shapes."""
     q, k, v, _ = random_inputs(2, 20, 4, 2)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    arguments = (*inputs, None, [7, 30], [1, 6], "block", True, 0.5, 3)
+    arguments = (*inputs, None, [7, 30], [1, 6], "block", True, 0.5, 3, "strided")
     torch.library.opcheck(torch.ops.longnet.dilated_forward, arguments)
 
 

@@ -153,6 +153,10 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
     assert not set(fresh) & set("the quick")
     code, *_ = longnet(*common, "--prompt", "the quick", "--cache-out", tmp_path / "cache")
     assert code == 0
+    from longnet import LongNetCache, LongNetConfig
+
+    read = LongNetCache.load(tmp_path / "cache", LongNetConfig.from_pretrained(model)).get_seq_length()
+    assert read == len("the quick" + written.removesuffix("\n"))  # what was written last, too
     code, out, _ = longnet(*common, "--prompt", " brown", "--cache-in", tmp_path / "cache")
     assert code == 0
     assert out.strip()
@@ -170,6 +174,28 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
     assert (code, out.strip()) == (0, "")
     for _ in range(2):  # read once, ask many times: the file stays as it was
         assert longnet(*common, "--prompt", "ick", "--cache-in", tmp_path / "read")[1] == written
+
+
+def test_generate_to_a_length_into_a_file_with_bars(trained, tmp_path):
+    folder, *_ = trained
+    arguments = (
+        "generate", "--model", folder / "run" / "model", "--prompt-file", "-", "--output", tmp_path / "out", "--chunk", 500,
+        "--target-length", 300, "--no-repeat-ngram", 4, "--seed", 3, "--progress", "always",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "longnet", *map(str, arguments)]
+    done = subprocess.run(command, input=b"the quick brown fox. " * 100, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b""
+    assert b"read: 100%" in done.stderr
+    assert b"2.10k/2.10k" in done.stderr
+    assert b"write: 100%" in done.stderr
+    written = (tmp_path / "out").read_bytes()
+    assert len(written) == 300
+    assert len({written[i : i + 4] for i in range(297)}) == 297
+    (tmp_path / "out").write_bytes(b"precious")
+    done = subprocess.run([*command, "--top-p", "7"], input=b"x", capture_output=True, timeout=100)
+    assert done.returncode == 2
+    assert (tmp_path / "out").read_bytes() == b"precious"
 
 
 def test_the_commands_about_this_machine(longnet, tmp_path):
@@ -236,6 +262,9 @@ def test_help_explains_every_option(longnet, command):
         (("eval", "--model", "MODEL", "--file", "FILE", "--window", "100000"), "window"),
         (("generate", "--model", "MODEL"), "--prompt"),
         (("generate", "--model", "MODEL", "--prompt", ""), "input_ids"),
+        (("generate", "--model", "MODEL", "--prompt", "x", "--no-repeat-ngram", "0"), "no_repeat_ngram"),
+        (("generate", "--model", "MODEL", "--prompt", "x", "--min-new-tokens", "400"), "min_new_tokens"),
+        (("generate", "--model", "MODEL", "--prompt", "x", "--min-new-tokens", "3", "--target-length", "9"), "target"),
         (("generate", "--model", "MODEL", "--prompt", "x", "--top-p", "7"), "top_p"),
         (("generate", "--model", "MODEL", "--prompt", "x", "--cache-in", "FILE"), "snapshot"),
         (("generate", "--model", "MODEL", "--prompt-file", "nowhere"), "nowhere"),

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+import longnet
 from conftest import assert_within_budget
 from longnet import DilatedPattern, LongNetCache, LongNetConfig, LongNetForCausalLM, dilated_attention
-from longnet.attention import cached
+from longnet.attention import cached, fused
 from longnet.generate import generate
 from longnet.model.graph import GraphedStep
 
@@ -34,7 +35,7 @@ def run(tensors, impl, pattern, dout, dlse, **options):
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, tensors)]
 
 
-def check(tokens, heads, key_heads, width, pattern, dtype, queries=None, batch=1, **options):
+def check(tokens, heads, key_heads, width, pattern, dtype, queries=None, batch=1, impl=None, **options):
     queries = queries or tokens
     shapes = [(batch, queries, heads, width)] + [(batch, tokens, key_heads, width)] * 2
     tensors = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
@@ -42,37 +43,71 @@ def check(tokens, heads, key_heads, width, pattern, dtype, queries=None, batch=1
     dlse = random(batch, heads, queries, dtype=torch.float32, seed=4)
     exact = run([x.double() for x in tensors], "reference", pattern, dout, dlse, **options)
     peer = run(tensors, "reference", pattern, dout, dlse, **options)
-    actual = run(tensors, None, pattern, dout, dlse, **options)
+    actual = run(tensors, impl, pattern, dout, dlse, **options)
     for name, a, e, p in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, peer, strict=True):
         assert_within_budget(name, a, e, p)
 
 
+@pytest.mark.parametrize("impl", ["strided", "triton"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 127, 255, 256, 257, 1021, 2100])
-def test_lengths(tokens, causal):
-    check(tokens, 4, 4, 64, GEOMETRIC, torch.bfloat16, causal=causal)
+def test_lengths(tokens, causal, impl):
+    check(tokens, 4, 4, 64, GEOMETRIC, torch.bfloat16, causal=causal, impl=impl)
 
 
+@pytest.mark.parametrize("impl", [None, "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("heads", "key_heads", "width"),
     [(4, 4, 128), (8, 1, 64), (6, 2, 96), (4, 2, 80), (3, 3, 24), (12, 3, 48), (2, 1, 16)],
 )
-def test_widths_groups_and_dtypes(heads, key_heads, width, dtype):
-    check(1100, heads, key_heads, width, GEOMETRIC, dtype)
+def test_widths_groups_and_dtypes(heads, key_heads, width, dtype, impl):
+    check(1100, heads, key_heads, width, GEOMETRIC, dtype, impl=impl)
 
 
-def test_block_offsets_lengths_start_and_late_queries():
-    check(1500, 6, 2, 64, BLOCK, torch.bfloat16)
-    check(
-        900, 4, 2, 64, GEOMETRIC, torch.bfloat16, batch=3, lengths=torch.tensor([900, 1, 517], device="cuda")
-    )
-    check(900, 4, 4, 64, GEOMETRIC, torch.bfloat16, start=777)
-    check(1400, 4, 4, 64, GEOMETRIC, torch.bfloat16, queries=333)
+@pytest.mark.parametrize("impl", ["strided", "triton"])
+def test_block_offsets_lengths_start_and_late_queries(impl):
+    lengths = torch.tensor([900, 1, 517], device="cuda")
+    check(1500, 6, 2, 64, BLOCK, torch.bfloat16, impl=impl)
+    check(900, 4, 2, 64, GEOMETRIC, torch.bfloat16, impl=impl, batch=3, lengths=lengths)
+    check(900, 4, 4, 64, GEOMETRIC, torch.bfloat16, impl=impl, start=777)
+    check(1400, 4, 4, 64, GEOMETRIC, torch.bfloat16, impl=impl, queries=333)
 
 
-def test_the_papers_pattern():
-    check(8700, 3, 3, 64, PAPER, torch.bfloat16)
+@pytest.mark.parametrize("impl", ["strided", "triton"])
+def test_the_papers_pattern(impl):
+    check(8700, 3, 3, 64, PAPER, torch.bfloat16, impl=impl)
+
+
+@pytest.mark.parametrize("kib", [99, 164])
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(128, torch.bfloat16), (64, torch.float16), (96, torch.float32)]
+)
+def test_tiles_of_smaller_gpus(monkeypatch, kib, width, dtype):
+    monkeypatch.setattr(fused, "shared_memory", lambda device: kib * 1024)
+    check(1100, 4, 2, width, GEOMETRIC, dtype, impl="triton")
+
+
+def test_the_path_is_chosen_by_what_the_library_can_do():
+    q = random(2, 300, 4, 64)
+    assert "takes impl='strided'" in longnet.explain(q, q, q, GEOMETRIC)
+    assert "takes impl='triton'" in longnet.explain(q.float(), q.float(), q.float(), GEOMETRIC)
+    lengths = torch.tensor([300, 17], device="cuda")
+    assert "takes impl='triton'" in longnet.explain(q, q, q, GEOMETRIC, lengths=lengths)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert "takes impl='triton'" in longnet.explain(q, q, q, GEOMETRIC)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_of_the_kernels_repeat_bit_for_bit():
+    q, k, v, dout = (random(1, 3000, 4, 64, seed=i) for i in range(4))
+    dlse = random(1, 4, 3000, dtype=torch.float32, seed=6)
+    base = run((q, k, v), "triton", GEOMETRIC, dout, dlse)
+    for _ in range(20):
+        again = run((q, k, v), "triton", GEOMETRIC, dout, dlse)
+        assert all(torch.equal(a, b) for a, b in zip(base, again, strict=True))
 
 
 def test_causality_is_bit_equal_and_runs_repeat():
@@ -88,13 +123,14 @@ def test_causality_is_bit_equal_and_runs_repeat():
         assert all(torch.equal(a, b) for a, b in zip(base[:2] + base[3:], again[:2] + again[3:], strict=True))
 
 
-def test_more_than_2_to_the_31_elements():
+@pytest.mark.parametrize("impl", ["strided", "triton"])
+def test_more_than_2_to_the_31_elements(impl):
     tokens, pattern = 1_200_000, DilatedPattern((2048, 65536), (1, 32))
     q, k, v = random(1, tokens, 16, 128), random(1, tokens, 1, 128, seed=1), random(1, tokens, 1, 128, seed=2)
     assert q.numel() > 2**31
-    out = dilated_attention(q, k, v, pattern).out
+    out = dilated_attention(q, k, v, pattern, impl=impl).out
     begin = tokens // 65536 * 65536
-    tail = dilated_attention(q[:, begin:], k[:, begin:], v[:, begin:], pattern, start=begin).out
+    tail = dilated_attention(q[:, begin:], k[:, begin:], v[:, begin:], pattern, start=begin, impl=impl).out
     assert ((out[:, begin:] - tail).float().norm() / tail.float().norm()) < 5e-3
     assert torch.isfinite(out[:, ::1000]).all()
 
@@ -178,8 +214,9 @@ def test_a_captured_step_equals_the_model_while_buffers_grow():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_without_a_graph_break():
-    q, k, v = (random(1, 1030, 4, 64, seed=i).requires_grad_() for i in range(3))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiles_without_a_graph_break(dtype):
+    q, k, v = (random(1, 1030, 4, 64, dtype=dtype, seed=i).requires_grad_() for i in range(3))
     compiled = torch.compile(
         lambda q, k, v: dilated_attention(q * 1.0, k, v, GEOMETRIC).out.square(), fullgraph=True
     )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import longnet.model.transformer as transformer
@@ -111,7 +112,7 @@ def test_bad_input_is_refused(model, arguments, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunked_loss_and_its_gradients_equal_cross_entropy(dtype, monkeypatch):
-    monkeypatch.setattr(transformer, "LOSS_CHUNK", 7)
+    monkeypatch.setattr(transformer, "LOSS_LOGITS", 7 * 260)
     model = make(tie_word_embeddings=False).to(dtype)
     ids = ids_of(2, 25)
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
@@ -124,6 +125,27 @@ def test_chunked_loss_and_its_gradients_equal_cross_entropy(dtype, monkeypatch):
     loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_the_loss_is_linear_work_in_the_number_of_chunks(monkeypatch):
+    """Slices would each have a gradient as large as the whole: a million tokens then cost more than the model."""
+    monkeypatch.setattr(transformer, "LOSS_LOGITS", 260)
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            names.append((func.overloadpacket.__name__, out))
+            return out
+
+    model = make()
+    hidden = torch.randn(1, 50, model.config.hidden_size, requires_grad=True)
+    with Record():
+        model._chunked_losses(hidden, torch.zeros(1, 50, dtype=torch.long)).sum().backward()
+    whole = [
+        name for name, out in names if isinstance(out, torch.Tensor) and out.shape[-2:] == hidden.shape[-2:]
+    ]
+    assert len(whole) < 10, whole
 
 
 def test_loss_options(model):

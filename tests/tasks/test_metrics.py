@@ -3,8 +3,19 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from longnet.tasks.metrics import b_cubed, classification_report, docred_f1, set_f1
+from longnet.tasks.metrics import (
+    align_clusters,
+    align_relations,
+    b_cubed,
+    classification_report,
+    cluster_f1,
+    docred_f1,
+    muc,
+    set_f1,
+)
 
 
 def test_classification_equals_scikit_learn():
@@ -78,3 +89,67 @@ def test_docred_f1_by_hand():
     # One of the two hits stood in training; the wrong triple stays, though its names stood there too.
     precision, recall = 1 / 2, 2 / 3
     assert figures["ignore_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_muc_by_hand():
+    # Vilain et al. 1995: the key A-B-C-D against the response A-B, C-D: one of three links is missing.
+    figures = muc([list("ABCD")], [list("AB"), list("CD")])
+    assert (figures["recall"], figures["precision"]) == (pytest.approx(2 / 3), 1.0)
+    # A mention that the other side lacks is a part by itself; single mentions have no links.
+    figures = muc([list("ABC"), ["X"]], [list("AB"), list("CD")])
+    assert (figures["recall"], figures["precision"]) == (pytest.approx(1 / 2), pytest.approx(1 / 2))
+    assert muc([["A"]], [["A"]])["f1"] == 0.0
+
+
+def test_clusters_are_aligned_by_more_than_half():
+    gold = {"x": [1, 2, 3], "y": [4, 5], "z": [3, 6]}
+    predicted = {"a": [1, 2, 9], "b": [4, 9], "c": [3], "d": [7], "e": [1, 3]}
+    # Half of b's mentions are not enough; c is x's and z's alike, and x is first.
+    assert align_clusters(gold, predicted) == {"a": "x", "c": "x", "e": "x"}
+    figures = cluster_f1([gold, {}], [predicted, {"f": [1]}])
+    assert (figures["precision"], figures["recall"]) == (pytest.approx(3 / 6), pytest.approx(1 / 3))
+
+
+def test_relations_of_aligned_clusters():
+    aligned = {"a": "x", "c": "x", "b": "y"}
+    relations = [("a", "b", "r"), ("c", "b", "r"), ("d", "b", "r"), ("d", "a", "s")]
+    found = align_relations(relations, aligned)
+    assert found == {("x", "y", "r"), (("unknown", "d"), "y", "r"), (("unknown", "d"), "x", "s")}
+    figures = docred_f1([[("x", "y", "r")]], [found], [{"x": {"X"}, "y": {"Y"}}])
+    assert (figures["precision"], figures["recall"]) == (pytest.approx(1 / 3), 1.0)
+
+
+clusterings = st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
+    lambda owner: [[m for m, o in enumerate(owner) if o == c] for c in sorted(set(owner))]
+)
+
+
+@given(clusterings, clusterings, st.permutations(range(12)))
+def test_cluster_scores_have_the_properties_of_scores(gold, predicted, renamed):
+    for score in (b_cubed, muc):
+        figures = score(gold, predicted)
+        assert all(0 <= v <= 1 + 1e-12 for v in figures.values())
+        exchanged = score(predicted, gold)
+        assert figures["precision"] == pytest.approx(exchanged["recall"])
+        moved = score(
+            [[renamed[m] for m in c] for c in reversed(gold)], [[renamed[m] for m in c] for c in predicted]
+        )
+        assert moved == pytest.approx(figures)
+    assert b_cubed(gold, gold)["f1"] == pytest.approx(1)
+    named = {str(i): c for i, c in enumerate(gold)}
+    assert cluster_f1([named], [named])["f1"] == pytest.approx(1)
+    if any(len(c) > 1 for c in gold):
+        assert muc(gold, gold)["f1"] == pytest.approx(1)
+
+
+triples = st.sets(st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from("rs")))
+
+
+@given(triples, triples, triples)
+def test_ignoring_known_facts_only_takes_from_precision(gold, predicted, known):
+    names = {i: {str(i)} for i in range(3)}
+    facts = {(str(h), str(t), r) for h, t, r in known}
+    figures = docred_f1([gold], [predicted], [names], facts)
+    assert figures["ignore_f1"] <= figures["f1"] + 1e-12
+    assert docred_f1([gold], [predicted], [names])["ignore_f1"] == pytest.approx(figures["f1"])
+    assert figures["f1"] == pytest.approx(set_f1([gold], [predicted])["f1"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longnet import LongNetConfig, LongNetForCausalLM
+from longnet.train import chunked
 from longnet.train.chunked import ChunkStore, choose_chunk, chunked_backward
 
 CASES = {
@@ -33,14 +34,19 @@ def data(batch, tokens):
 def whole(network, ids, targets):
     losses = network.token_losses(ids, targets=targets)
     loss = losses.sum() / (targets != -100).sum()
-    return loss.detach(), torch.autograd.grad(loss, list(network.parameters()))
+    return loss.detach(), torch.autograd.grad(loss, [weight for _, weight in weights(network)])
+
+
+def weights(network):
+    """A convolution of width 0 has an empty one, without a gradient."""
+    return [(name, weight) for name, weight in network.named_parameters() if weight.numel()]
 
 
 def compare(network, ids, targets, chunk, atol):
     loss, wanted = whole(network, ids, targets)
     found = chunked_backward(network, ids, targets, chunk)
     torch.testing.assert_close(found, loss, atol=atol, rtol=0)
-    for (name, parameter), gradient in zip(network.named_parameters(), wanted, strict=True):
+    for (name, parameter), gradient in zip(weights(network), wanted, strict=True):
         assert (parameter.grad - gradient).abs().max() <= atol * max(1, gradient.abs().max()), name
     network.zero_grad()
 
@@ -87,12 +93,117 @@ def test_the_chosen_chunk_grows_with_the_root_of_the_length():
     assert choose_chunk(config, 1000) == 1000
 
 
+def tree_model(attention, key_conv=4, dtype=torch.float64, retention=(24, 12)):
+    torch.manual_seed(0)
+    tree = {
+        "block": 4,
+        "radix": 3,
+        "window_blocks": 2,
+        "guard": 1,
+        "top_k": 2,
+        "beam": 3,
+        "retention": retention,
+    }
+    config = LongNetConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        attention=attention, hierarchical=tree, key_conv=key_conv, segment_lengths=[8, 32], dilation_rates=[1, 4],
+        initializer_range=0.3,
+    )  # fmt: skip
+    network = LongNetForCausalLM(config).to(dtype).train()
+    with torch.no_grad():  # parameters at their neutral start would hide mistakes
+        for name, weight in network.named_parameters():
+            if name.endswith(("prior_query", "level_bias", "key_conv")):
+                weight.normal_(0, 0.3)
+            if name.endswith("router_mix"):
+                weight.uniform_(0.2, 0.9)
+    return network
+
+
+# Shorter than the convolution, within a block, whole blocks, longer than what is kept, the whole sequence.
+@pytest.mark.parametrize("chunk", [2, 7, 24, 50, 200])
+@pytest.mark.parametrize("attention", ["hierarchical", ["hierarchical", "dilated"]])
+def test_gradients_of_hierarchical_layers_equal_one_backward_pass(attention, chunk):
+    compare(tree_model(attention), *data(2, 131), chunk, 1e-12)
+
+
+def test_hierarchical_layers_without_convolution_recomputed_and_in_single_precision():
+    for width in (0, 1):
+        compare(tree_model("hierarchical", width), *data(1, 110), 16, 1e-12)
+    network = tree_model("hierarchical", dtype=torch.float32)
+    compare(network, *data(1, 110), 31, 2e-5)
+    network.gradient_checkpointing_enable()
+    compare(network, *data(1, 110), 31, 2e-5)
+    compare(network.double(), *data(1, 110), 31, 1e-12)
+
+
+def test_under_autocast_the_error_is_that_of_the_whole_pass():
+    exact, rounded = (
+        tree_model("hierarchical", dtype=torch.float32),
+        tree_model("hierarchical", dtype=torch.float32),
+    )
+    batch = data(1, 110)
+    _, wanted = whole(exact, *batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ordinary = whole(rounded, *batch)
+        chunked_backward(rounded, *batch, 16)
+    found = [weight.grad for _, weight in weights(rounded)]
+
+    def distance(gradients):
+        return sum((x - y).double().square().sum() for x, y in zip(gradients, wanted, strict=True)).sqrt()
+
+    assert 0 < distance(found) <= 1.5 * distance(ordinary)
+
+
+def test_what_earlier_chunks_handed_on_gets_a_gradient():
+    """The last chunk's loss alone: without the states' gradients, the first chunk's tokens would not matter."""
+    network, (ids, targets) = tree_model("hierarchical"), data(1, 120)
+    targets[:, :100] = -100
+    early = set(ids[0, :50].tolist()) - set(ids[0, 50:].tolist()) - set(targets[0, 100:].tolist())
+    network.lm_head.weight = torch.nn.Parameter(
+        network.lm_head.weight.detach().clone()
+    )  # untied: inputs alone
+    chunked_backward(network, ids, targets, 10)
+    assert early
+    embedded = network.get_input_embeddings().weight
+    assert all(embedded.grad[token].abs().max() > 0 for token in early)
+
+
+def test_states_at_the_borders_take_the_bytes_that_the_chunk_is_chosen_by(monkeypatch):
+    network, sizes = tree_model("hierarchical", dtype=torch.float32), {}
+    closing = ChunkStore.close
+
+    def close(store, end):
+        before = store.nbytes()
+        closing(store, end)
+        sizes[end] = store.nbytes() - before
+
+    monkeypatch.setattr(ChunkStore, "close", close)
+    chunked_backward(network, *data(1, 601), 100)
+    tail = 3 * 2 * 8 * 4  # the raw keys of the convolution: 3 of 2 heads of width 8
+    for end, size in sizes.items():
+        state = chunked._state_bytes(network.config.hierarchical_pattern(), network.config, end, 4)
+        assert size == 2 * (state + tail)
+    assert list(sizes) == [100, 200, 300, 400, 500, 600]
+    # Tokens and each level are bounded: six times the text adds a few nodes of coarse levels.
+    assert sizes[600] < 1.5 * sizes[200]
+
+
+def test_the_chosen_chunk_counts_hierarchical_states():
+    config = LongNetConfig.preset("base", attention="hierarchical", hierarchical={"retention": [8192, 128]})
+    chunks = [choose_chunk(config, n) for n in (10**6, 10**8, 10**9)]
+    assert chunks == sorted(chunks)
+    assert chunks[0] < chunks[2] < 10**8
+
+
 def test_refusals():
     network = model()
     with pytest.raises(ValueError, match="alike"):
         chunked_backward(
             network, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64), 2
         )
-    config = LongNetConfig(num_hidden_layers=1, attention="hierarchical")
-    with pytest.raises(ValueError, match="dilated"):
+    everything = tree_model("hierarchical", retention=None)
+    with pytest.raises(ValueError, match="retention"):
+        chunked_backward(everything, *data(1, 20), 5)
+    config = LongNetConfig(num_hidden_layers=1, bidirectional=True)
+    with pytest.raises(ValueError, match="causal"):
         ChunkStore(config, 1, 10, 2, "cpu", torch.float32)

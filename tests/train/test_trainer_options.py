@@ -301,7 +301,18 @@ def test_chunked_steps_are_the_whole_steps(config, tmp_path, chunk):
         assert chunked["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=2e-3)
 
 
-def test_chunked_steps_refuse_hierarchical_layers(config):
+def test_chunked_steps_of_hierarchical_layers(config, tmp_path):
+    tree = {"block": 8, "radix": 2, "window_blocks": 2, "top_k": 2, "beam": 2, "retention": [16, 8]}
+    model = MODEL | {"attention": "hierarchical", "hierarchical": tree}
+    train(dataclasses.replace(config, model=model, output=tmp_path / "whole"))
+    options = {"sequence_strategy": "chunked", "chunk_tokens": 24}
+    train(dataclasses.replace(config, model=model, output=tmp_path / "chunked", **options))
+    for whole, chunked in zip(records(tmp_path / "whole"), records(tmp_path / "chunked"), strict=True):
+        assert chunked["loss"] == pytest.approx(whole["loss"], rel=2e-4)
+        assert chunked["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=2e-3)
+
+
+def test_chunked_steps_refuse_hierarchical_layers_that_keep_everything(config):
     model = MODEL | {"attention": "hierarchical"}
-    with pytest.raises(ValueError, match="sequence_strategy"):
+    with pytest.raises(ValueError, match="without a retention"):
         train(dataclasses.replace(config, model=model, sequence_strategy="chunked"))

@@ -282,7 +282,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 @functools.lru_cache(maxsize=256)
 def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     """A small index tensor, sent to the device once."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # it outlives the call, which may be followed by one with gradients
+        return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 @functools.lru_cache(maxsize=256)

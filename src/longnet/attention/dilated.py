@@ -8,12 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longnet.attention import strided
+from longnet.attention import fused, strided
 from longnet.attention.reference import dilated_attention_reference
 from longnet.patterns import DilatedPattern
 from longnet.shapes import Keys, Lengths, LogSumExp, Queries
 
-Impl = Literal["strided", "reference"]
+Impl = Literal["triton", "strided", "reference"]
+IMPLS = ("triton", "strided", "reference")
 
 
 class AttentionOutput(NamedTuple):
@@ -49,7 +50,7 @@ def dilated_attention(
         scale: factor on q.k; 1 / sqrt(D) if None.
         lengths: (B,) integers; tokens at or beyond a sequence's length are no keys, and as queries give out 0, lse -inf.
         start: global position of k[:, 0]; the pattern is laid over global positions.
-        impl: None picks the best path (`explain` says which and why); "strided", "reference" obey or raise.
+        impl: None picks the best path (`explain` says which and why); "triton", "strided", "reference" obey or raise.
 
     Returns:
         AttentionOutput(out, lse).
@@ -65,9 +66,9 @@ def dilated_attention(
     """
     _check(q, k, v, pattern, causal, lengths, start, impl)
     _check_scale(scale)
-    chosen = _choose(q, k, v)
+    chosen = _choose(q, k, v, lengths, scale)
     if impl is not None and impl != chosen:
-        reason = _unsupported(impl, q, k, v)
+        reason = _unsupported(impl, q, k, v, scale)
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run here: {reason}; leave impl=None to use {chosen!r}")
         chosen = impl
@@ -75,7 +76,7 @@ def dilated_attention(
     if chosen == "reference":
         return AttentionOutput(*dilated_attention_reference(q, k, v, pattern, causal, scale, lengths, start))
     spec = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
-    return AttentionOutput(*_forward(q, k, v, lengths, *spec, causal, scale, start))
+    return AttentionOutput(*_forward(q, k, v, lengths, *spec, causal, scale, start, chosen))
 
 
 def explain(q: Queries, k: Keys, v: Keys, pattern: DilatedPattern, *, lengths: Lengths | None = None) -> str:
@@ -87,25 +88,39 @@ def explain(q: Queries, k: Keys, v: Keys, pattern: DilatedPattern, *, lengths: L
         >>> print(explain(q, q, q, DilatedPattern((16,), (1,))).split(":")[0])
         dilated_attention takes impl='strided'
     """
-    lines = [f"dilated_attention takes impl={_choose(q, k, v)!r}: {_why(q, k, v)}"]
-    for impl in ("strided", "reference"):
-        lines.append(f"  {impl}: {_unsupported(impl, q, k, v) or 'can run'}")
+    chosen = _choose(q, k, v, lengths, None)
+    lines = [f"dilated_attention takes impl={chosen!r}: {_why(chosen, q, k, v)}"]
+    for impl in IMPLS:
+        lines.append(f"  {impl}: {_unsupported(impl, q, k, v, None) or 'can run'}")
     return "\n".join(lines)
 
 
-def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _unsupported(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
+    if impl == "triton":
+        return fused.unsupported(q, k, v, scale)
     return strided.unsupported(q, k, v) if impl == "strided" else None
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Library attention over strided views wherever the library takes these tensors."""
-    return "reference" if strided.unsupported(q, k, v) else "strided"
+def _choose(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> str:
+    """Library attention over strided views wherever the library takes these tensors; on GPUs our kernels where it does not.
+
+    Sequences of different lengths are one launch a branch for the kernels, and one call each for the library. In
+    deterministic mode the library's fast backward is out of the question, and the kernels are faster than its slow one.
+    """
+    library = strided.unsupported(q, k, v) is None
+    prefers = q.is_cuda and (lengths is not None or torch.are_deterministic_algorithms_enabled())
+    if (prefers or (q.is_cuda and not library)) and fused.unsupported(q, k, v, scale) is None:
+        return "triton"
+    return "strided" if library else "reference"
 
 
-def _why(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _why(chosen: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     # Apart from the choice: torch.compile cannot trace the question whether cuDNN is switched on.
-    if reason := strided.unsupported(q, k, v):
-        return reason
+    if chosen == "reference":
+        return f"{strided.unsupported(q, k, v)}; {fused.unsupported(q, k, v)}"
+    if chosen == "triton":
+        reason = strided.unsupported(q, k, v)
+        return reason or "lengths within a batch, or deterministic mode"
     if q.is_cuda:
         return f"{'cuDNN' if strided.has_cudnn(q) else 'FlashAttention'} over strided views"
     return "library attention over strided views"
@@ -152,8 +167,8 @@ def _check(
         )
     if not isinstance(start, int | torch.SymInt) or start < 0:
         raise ValueError(f"start: expected an integer position >= 0; got {start!r}")
-    if impl not in (None, "strided", "reference"):
-        raise ValueError(f"impl: expected None, 'strided' or 'reference'; got {impl!r}")
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl: expected None, 'triton', 'strided' or 'reference'; got {impl!r}")
     if lengths is not None and not isinstance(lengths, Tensor):
         raise ValueError(f"lengths: expected a tensor of {q.shape[0]} integers; got {type(lengths).__name__}")
     if lengths is not None:
@@ -182,9 +197,11 @@ def _forward(
     causal: bool,
     scale: float,
     start: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
+    path = fused if impl == "triton" else strided
     pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)  # type: ignore[arg-type]
-    return strided.forward(q, k, v, lengths, pattern, causal, scale, start)
+    return path.forward(q, k, v, lengths, pattern, causal, scale, start)
 
 
 @torch.library.custom_op("longnet::dilated_backward", mutates_args=())
@@ -203,13 +220,15 @@ def _backward(
     causal: bool,
     scale: float,
     start: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    path = fused if impl == "triton" else strided
     pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)  # type: ignore[arg-type]
-    return strided.backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)
+    return path.backward(dout, dlse, q, k, v, out, lse, lengths, pattern, causal, scale, start)
 
 
 @_forward.register_fake
-def _(q, k, v, lengths, segment_lengths, dilation_rates, head_offsets, causal, scale, start):
+def _(q, k, v, lengths, segment_lengths, dilation_rates, head_offsets, causal, scale, start, impl):
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, num_queries, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_queries), dtype=statistics)
@@ -231,7 +250,7 @@ def _autograd_backward(ctx, dout, dlse):
     q, k, v, lengths, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     gradients = _backward(dout, dlse, q, k, v, out, lse, lengths, *ctx.spec)
-    return (*gradients, *[None] * 7)
+    return (*gradients, *[None] * 8)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,8 +47,10 @@ class Rows:
         self.end += count
 
     def keep(self, count: int) -> None:
-        """Drop all but the newest `count` rows."""
+        """Drop all but the newest `count` rows; room that a long chunk needed is given back."""
         self.begin = max(self.begin, self.end - count)
+        if self.buffer.shape[1] > 4 * max(16, len(self)):
+            self.buffer, self.begin, self.end = self.live.clone(), 0, len(self)
 
 
 class HierarchicalState:
@@ -150,15 +153,23 @@ class HierarchicalState:
 
     def load(self, tensors: dict[str, Tensor], position: int) -> None:
         """The inverse of `tensors`."""
-        self.position = position
         device = self.tokens[0].buffer.device
-        self.tokens = [Rows(tensors[name].to(device)) for name in ("k", "k_local", "v")]
+        names = [
+            f"{level}.{name}"
+            for level in range(len(self.levels))
+            for name in ("kbar", "vbar", "mass", "entropy")
+        ]
+        tokens, nodes = (
+            [Rows(tensors[x].to(device)) for x in group] for group in (("k", "k_local", "v"), names)
+        )
+        self.load_rows(tokens, nodes, position)
+
+    def load_rows(self, tokens: Sequence[Rows], nodes: Sequence[Rows], position: int) -> None:
+        """Stand at `position` with k, k_local, v and, level after level, kbar, vbar, mass, entropy."""
+        self.position, self.tokens = position, list(tokens)
         for level in range(len(self.levels)):
-            parts = [
-                Rows(tensors[f"{level}.{name}"].to(device)) for name in ("kbar", "vbar", "mass", "entropy")
-            ]
-            self.levels[level] = parts
-            self._dropped[level] = self._count(level) - len(parts[0])
+            self.levels[level] = list(nodes[4 * level : 4 * level + 4])
+            self._dropped[level] = self._count(level) - len(self.levels[level][0])
 
     def copy(self) -> HierarchicalState:
         """An independent state that has read the same."""

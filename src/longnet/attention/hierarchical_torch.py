@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet.patterns import HierarchicalPattern
 
-# Query tokens per group: bounds the gathered keys of opened blocks.
-GROUP = 256
+# Query tokens per group: bounds the gathered keys of opened blocks. A GPU takes more tokens at once, as long as what is
+# gathered of keys and values stays below so many elements.
+GROUP, GROUP_CUDA, GATHERED = 256, 4096, 2**28
 
 
 class Far(NamedTuple):
@@ -57,11 +58,12 @@ def attend(
     per group (begin, {level: opened (B, n, K, places), -1 where nothing}).
     """
     outs, sums, begin = [], [], 0
+    group = _group_tokens(k_local, pattern)
     while begin < q.shape[1]:
         # Groups end at block borders, so that a group is either within a block or whole blocks.
         position = start + begin
         into = position % pattern.block
-        whole = max(1, GROUP // pattern.block) * pattern.block
+        whole = max(1, group // pattern.block) * pattern.block
         left = q.shape[1] - begin
         size = (
             min(pattern.block - into, left)
@@ -89,6 +91,13 @@ def attend(
         sums.append(lse)
         begin += size
     return torch.cat(outs, 1), torch.cat(sums, 2)
+
+
+def _group_tokens(k: Tensor, pattern: HierarchicalPattern) -> int:
+    if not k.is_cuda:
+        return GROUP
+    per_token = 2 * k.shape[0] * k.shape[2] * k.shape[3] * max(1, pattern.top_k) * pattern.block
+    return max(GROUP, min(GROUP_CUDA, GATHERED // per_token))
 
 
 @functools.lru_cache(maxsize=256)

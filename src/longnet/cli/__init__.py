@@ -13,9 +13,11 @@ from longnet.cli.classify import classify
 from longnet.cli.demo import demo
 from longnet.cli.explain import explain
 from longnet.cli.extract import extract
+from longnet.cli.generate import generate
 from longnet.cli.machine import bench, doctor
-from longnet.cli.read import evaluate, generate
+from longnet.cli.read import evaluate
 from longnet.cli.recipe import expand, registry
+from longnet.cli.serve import serve
 from longnet.cli.train import prepare, train
 from longnet.train import NonFiniteLoss
 
@@ -26,6 +28,7 @@ COMMANDS = {
     "generate": generate,
     "classify": classify,
     "extract": extract,
+    "serve": serve,
     "explain": explain,
     "doctor": doctor,
     "bench": bench,

@@ -10,6 +10,7 @@ import torch
 
 import longnet
 from longnet import DilatedPattern, HierarchicalPattern
+from longnet.cli.explain_text import explain_text
 
 # Tokens along each side of the picture: more could not be told apart.
 SHOWN = 512
@@ -27,8 +28,16 @@ def explain(
     radix: int = 8,
     top_k: int = 16,
     plot: Path | None = None,
+    model: Path | None = None,
+    text: Path | None = None,
+    position: int | None = None,
+    layer: int = 0,
+    head: int = 0,
 ) -> None:
     """Which attention path this machine takes, what a pattern costs at this length, and who sees whom.
+
+    With --model and --text instead: what one query of a trained hierarchical model saw of a text, and how much each part
+    weighed; the blocks that it opened, with their scores and their text.
 
     Args:
         tokens: Sequence length.
@@ -41,8 +50,18 @@ def explain(
         block: Tokens of a leaf (hierarchical).
         radix: Children of a node (hierarchical).
         top_k: Leaves opened per query and key head (hierarchical).
-        plot: Draw which of the last 512 tokens see which, into this picture file.
+        plot: Draw which of the last 512 tokens see which, or what the query of --model saw, into this picture file.
+        model: Folder of a trained model.
+        text: A text file for it.
+        position: Byte of the text whose query is explained; the last one if not given.
+        layer: Layer of the model, from 0.
+        head: Head of the layer, from 0.
     """
+    if (model is None) != (text is None):
+        raise ValueError("expected --model and --text together, or neither")
+    if model is not None and text is not None:
+        explain_text(model, text, position, layer, head, plot)
+        return
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     dense = heads * tokens * (tokens + 1) // 2
     if attention == "dilated":

@@ -1,9 +1,8 @@
-"""The commands that read and write text with a model: eval, generate."""
+"""The command that reads text with a model: eval."""
 
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from longnet import text
 from longnet.cli.models import load_model
-from longnet.generate import generate as generate_ids
 from longnet.model import LongNetCache, LongNetForCausalLM
 from longnet.train.data import TokenDataset
 from longnet.train.evaluate import PositionReport, StreamReport, by_position, stream
@@ -121,68 +118,6 @@ def print_report(report: StreamReport) -> None:
     print(
         f"{where}{report.tokens} tokens, mean {report.mean:.3f}, {rate:,.0f} tokens/s, cache {report.cache_bytes} bytes"
     )
-
-
-def generate(
-    model: Path,
-    prompt: str | None = None,
-    prompt_file: Path | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    repetition_penalty: float = 1.0,
-    repetition_window: int = 256,
-    seed: int | None = None,
-    stop: tuple[str, ...] = (),
-    cache_in: Path | None = None,
-    cache_out: Path | None = None,
-) -> None:
-    """Continue a text of any length; the continuation is printed as it is written.
-
-    Args:
-        model: Folder of a trained model.
-        prompt: The text to continue; or use --prompt-file.
-        prompt_file: A file to continue; "-" reads standard input.
-        max_new_tokens: Bytes to write.
-        temperature: 0 always takes the likeliest byte.
-        top_k: Sample among the k likeliest.
-        top_p: Sample among the fewest bytes that hold this much probability.
-        repetition_penalty: Above 1 weakens the bytes among the last --repetition-window; 1 switches it off.
-        repetition_window: How far back the penalty looks.
-        seed: Makes the result repeatable.
-        stop: Texts that end the continuation.
-        cache_in: Continue what was read before: a file made by --cache-out.
-        cache_out: Save what was read and written, to ask again later without reading again.
-    """
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("expected either --prompt or --prompt-file; got both or neither")
-    network = load_model(model)
-    if prompt is not None:
-        data = prompt.encode("utf-8", "surrogateescape")
-    else:
-        data = sys.stdin.buffer.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_bytes()
-    ids = torch.from_numpy(text.encode(data).astype(np.int64))[None].to(network.device)
-    cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None
-    decoder = text.StreamDecoder()
-    result = generate_ids(
-        network,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        repetition_window=repetition_window,
-        seed=seed,
-        cache=cache,
-        eos_token_id=text.EOS,
-        stop_sequences=[text.encode(s).tolist() for s in stop],
-        on_token=lambda _, token: print(decoder.feed([token]), end="", flush=True),
-    )
-    print(decoder.feed([], final=True))
-    if cache_out:
-        result.cache.save(cache_out)
 
 
 def _bytes_of(file: Path, max_bytes: int | None) -> np.ndarray:

@@ -30,7 +30,7 @@ class StreamingCache:
     """
 
     is_compileable = False
-    is_sliding = (False,)
+    is_sliding = is_linear = is_dummy = (False,)
     is_croppable = False
 
     def __init__(self, config: Any) -> None:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longnet.attention.cached import decode_attention, prefill_attention, write_rows, write_step
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_torch import Parameters
+from longnet.model import snapshot
+from longnet.model.cache_batch import CacheBatch
 from longnet.model.hierarchical_states import HierarchicalStates
 
-_FORMAT = "longnet-cache-1"
 _MIN_ROWS = 64
 
 
-class LongNetCache:
+class LongNetCache(CacheBatch):
     """Keys and values that later tokens may still see: per layer and branch (B, rows, slots, D), rows <= ceil(w / r).
 
     Buffers grow by doubling while the stream first reaches them, then stay: at most `pattern.cache_entries(H, K)` rows per
@@ -52,7 +47,7 @@ class LongNetCache:
     """
 
     is_compileable = False
-    is_sliding = (False,)
+    is_sliding = is_linear = is_dummy = (False,)
     is_croppable = False
 
     def __init__(
@@ -70,7 +65,7 @@ class LongNetCache:
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.num_key_heads = config.num_key_value_heads or config.num_attention_heads
         self.dtype = dtype
-        self._fingerprint = _fingerprint(config, self.pattern)
+        self._fingerprint = snapshot.fingerprint(config, self.pattern)
         with torch.inference_mode(False):  # a cache made while generating may be continued outside
             self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # The host's copy spares a synchronisation per step; both change only in `advance` and by batch operations.
@@ -86,19 +81,6 @@ class LongNetCache:
             else HierarchicalStates(tree, batch_size, self.num_key_heads, self.head_dim, dtype, device)
             for kind in kinds
         ]
-
-    @property
-    def device(self) -> torch.device:
-        return self.positions.device
-
-    @property
-    def batch_size(self) -> int:
-        return len(self._host)
-
-    @property
-    def host_positions(self) -> tuple[int, ...]:
-        """`positions` without a synchronisation."""
-        return tuple(self._host)
 
     def _pair(self, batch: int, rows: int, branch: tuple[int, int]) -> tuple[Tensor, Tensor]:
         slots = len(self.pattern.slots(branch[1], self.num_heads, self.num_key_heads))
@@ -195,6 +177,12 @@ class LongNetCache:
         self._lengths = None
 
     # What a captured step needs: addresses that stay, and counting that happens once.
+
+    def reserve_all(self) -> None:
+        """Make all the room that the pattern allows now: dilated layers' buffers never move again, whatever is read."""
+        for layer in self.layers:
+            if not isinstance(layer, HierarchicalStates):
+                self._reserve(layer, max(self.pattern.segment_lengths))
 
     def reserve_step(self) -> None:
         """Make room for one more token of every sequence."""
@@ -295,37 +283,6 @@ class LongNetCache:
             if isinstance(layer, HierarchicalStates):
                 layer.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence b continues what sequence beam_idx[b] has read (beam search)."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence becomes `repeats` equal ones."""
-        index = torch.arange(self.batch_size).repeat_interleave(repeats)
-        self.batch_select_indices(index)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences, in this order."""
-        index = indices.to(self.device)
-        host_index = torch.arange(self.batch_size)[indices.cpu()].tolist()
-        self.positions = self.positions[index]
-        self.version += 1
-        self._host = [self._host[b] for b in host_index]
-        self.layers = [
-            layer.select(host_index)
-            if isinstance(layer, HierarchicalStates)
-            else [(k[index], v[index]) for k, v in layer]
-            for layer in self.layers
-        ]
-
-    def copy(self) -> LongNetCache:
-        """The same state in memory of its own: read on with one, return to the other."""
-        other = copy.copy(self)
-        other._host, other._lengths = list(self._host), None
-        with torch.inference_mode(False):  # a copy made while generating may be continued outside
-            other.batch_select_indices(torch.arange(self.batch_size))
-        return other
-
     def crop(self, max_length: int) -> None:
         """Refuse to go back: rows that newer tokens overwrote are gone. (transformers calls this in assisted decoding.)
 
@@ -341,26 +298,8 @@ class LongNetCache:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a snapshot (one safetensors file): to a temporary name, synchronised, renamed. Never half a file."""
-        path = Path(path)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self._tensors().items()}
-        meta = {"format": _FORMAT, "config": self._fingerprint, "positions": self._host}
-        meta["dtype"] = str(self.dtype).removeprefix("torch.")
-        meta["checksum"] = _checksum(meta, tensors)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata={"longnet": json.dumps(meta, sort_keys=True)})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        meta = {"config": self._fingerprint, "positions": self._host}
+        snapshot.write(Path(path), self._tensors(), meta | {"dtype": str(self.dtype).removeprefix("torch.")})
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu") -> LongNetCache:
@@ -369,8 +308,8 @@ class LongNetCache:
         Raises:
             ValueError: not a snapshot, damaged, or of another configuration.
         """
-        meta, tensors = _read(Path(path))
-        wanted = _fingerprint(config, config.pattern())
+        meta, tensors = snapshot.read(Path(path))
+        wanted = snapshot.fingerprint(config, config.pattern())
         if meta["config"] != wanted:
             raise ValueError(
                 f"{path}: expected a snapshot of configuration {wanted}; got {meta['config']}; "
@@ -409,51 +348,3 @@ def _equal_runs(positions: list[int], lengths: list[int]) -> Iterator[slice]:
             if lengths[begin] > 0:
                 yield slice(begin, b)
             begin = b
-
-
-def _fingerprint(config: Any, pattern: Any) -> dict[str, Any]:
-    """What must agree between a snapshot and the model that continues it, as JSON values."""
-    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    optional = ("hidden_size", "intermediate_size", "vocab_size", "rope_theta")
-    result = {name: getattr(config, name) for name in names}
-    result |= {name: getattr(config, name) for name in optional if hasattr(config, name)}
-    result["branches"] = [list(branch) for branch in pattern.branches]
-    result["head_offsets"] = pattern.head_offsets
-    if "hierarchical" in getattr(config, "attention_kinds", list)():
-        result |= {"attention": config.attention_kinds(), "hierarchical": repr(config.hierarchical_pattern())}
-    return result
-
-
-def _checksum(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """sha256 over the metadata and every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(
-        json.dumps({k: meta[k] for k in sorted(meta) if k != "checksum"}, sort_keys=True).encode()
-    )
-    for name in sorted(tensors):
-        x = tensors[name]
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)};".encode())
-        if x.numel():
-            digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors of a snapshot whose checksum holds."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["longnet"])
-            # Cloned: library products depend on the alignment of memory in their last bit, and a file has none.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        checksum = meta["checksum"]
-        actual = _checksum(meta, tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: expected a cache snapshot ({_FORMAT}, safetensors); got {error!r}; "
-            "use a file that LongNetCache.save wrote"
-        ) from error
-    if checksum != actual or meta.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path}: expected checksum {checksum} and format {_FORMAT}; got {actual} and {meta.get('format')}; "
-            "the snapshot is damaged: read the text again"
-        )
-    return meta, tensors

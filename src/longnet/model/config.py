@@ -50,7 +50,7 @@ class LongNetConfig(PreTrainedConfig):
         attention: "dilated", "hierarchical", or a list with one of them for every layer.
         hierarchical: fields of `HierarchicalPattern` for the hierarchical layers, as JSON.
         key_conv: width of the short convolution on the keys of hierarchical layers; 0 for none.
-        attention_impl: None picks the best path; "strided" or "reference" obeys or
+        attention_impl: None picks the best path; "triton", "strided" or "reference" obeys or
             raises.
 
     Example:
@@ -60,7 +60,7 @@ class LongNetConfig(PreTrainedConfig):
     """
 
     model_type = "longnet"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     vocab_size: int = 260
     hidden_size: int = 768
@@ -82,7 +82,7 @@ class LongNetConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    attention_impl: Literal["strided", "reference"] | None = None
+    attention_impl: Literal["triton", "strided", "reference"] | None = None
     attention: str | list[str] = "dilated"
     hierarchical: dict[str, Any] | None = None
     key_conv: int = 4
@@ -123,9 +123,9 @@ class LongNetConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"expected an even head_dim (rotary turns pairs); got {self.head_dim}")
-        if self.attention_impl not in (None, "strided", "reference"):
+        if self.attention_impl not in (None, "triton", "strided", "reference"):
             raise ValueError(
-                "expected attention_impl None, 'strided' or 'reference'; got"
+                "expected attention_impl None, 'triton', 'strided' or 'reference'; got"
                 f" {self.attention_impl!r}; None picks the best path"
             )
         for name in ("rope_theta", "rms_norm_eps"):

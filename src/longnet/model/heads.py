@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from longnet.model.config import LongNetConfig
 from longnet.model.padding import mask_to_span, roll_rows
 from longnet.model.pieces import piece_tokens, read_pieces
-from longnet.model.transformer import LOSS_CHUNK, LongNetModel, LongNetPreTrainedModel
+from longnet.model.transformer import LongNetModel, LongNetPreTrainedModel, loss_chunk
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 
@@ -289,8 +289,8 @@ class LongNetForMaskedLM(_Reader):
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         total = hidden.sum() * 0.0  # a graph even where nothing is masked
-        for begin in range(0, len(hidden), LOSS_CHUNK):
-            part = (hidden[begin : begin + LOSS_CHUNK], targets[begin : begin + LOSS_CHUNK])
+        size = loss_chunk(self.config.vocab_size)
+        for part in zip(hidden.split(size), targets.split(size), strict=True):
             if torch.is_grad_enabled():
                 total = total + checkpoint(self._chunk, *part, use_reentrant=False, preserve_rng_state=False)
             else:

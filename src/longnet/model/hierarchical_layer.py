@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longnet.attention.attention_map import AttentionMap, attention_map
 from longnet.attention.hierarchical import HierarchicalImpl, hierarchical_attention
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_torch import Parameters
@@ -48,10 +49,40 @@ class LongNetHierarchicalAttention(LongNetProjections):
             raise ValueError(
                 f"expected start = 0: a hierarchical layer reads a text from its beginning; got {start}"
             )
+        q, k, v = self._project(hidden, lengths, cache)
+        # Autocast would round the pooling of keys to 16 bits.
+        with torch.autocast(v.device.type, enabled=False):
+            out = self._attend(q, k, v, rotary, lengths, cache)
+        return self.o_proj(out.flatten(2))
+
+    def _project(
+        self, hidden: Tensor, lengths: Tensor | None = None, cache: LongNetCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
         tail = None if cache is None else cache.key_tail(self.layer_index, k, self.key_conv.shape[2], lengths)
-        q, k = self.q_norm(q), self.k_norm(self._convolve(k, tail))
+        # Autocast norms in fp32.
+        return self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, tail)).to(v.dtype), v
+
+    @torch.no_grad()
+    def attention_maps(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> list[AttentionMap]:
+        """What the last token of hidden (1, N, C) sees, one map per head."""
+        q, k, v = self._project(hidden)
+        q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
+        mix, scale = self.router_mix.clamp(0, 1), 1 / math.sqrt(self.head_dim)
+        return attention_map(
+            q[0, -1], q_local[0, -1], k[0], k_local[0], self.pattern, scale, self.prior_query, self.level_bias, mix
+        )  # fmt: skip
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lengths: Tensor | None,
+        cache: LongNetCache | None,
+    ) -> Tensor:
         mix = self.router_mix.clamp(0, 1)
         if cache is not None:
             q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
@@ -60,13 +91,11 @@ class LongNetHierarchicalAttention(LongNetProjections):
                 1 / math.sqrt(self.head_dim), self.level_bias.to(work), mix.to(work), None
             )
             step = Step(q, q_local, k, k_local, v)
-            out = cache.attend_hierarchical(self.layer_index, step, parameters, self.prior_query, lengths)
-        else:
-            out = hierarchical_attention(
-                q, k, v, self.pattern, causal=self.causal, prior_query=self.prior_query, level_bias=self.level_bias,
-                router_mix=mix, rotary=rotary, lengths=lengths, impl=self.impl,
-            ).out  # fmt: skip
-        return self.o_proj(out.flatten(2))
+            return cache.attend_hierarchical(self.layer_index, step, parameters, self.prior_query, lengths)
+        return hierarchical_attention(
+            q, k, v, self.pattern, causal=self.causal, prior_query=self.prior_query, level_bias=self.level_bias,
+            router_mix=mix, rotary=rotary, lengths=lengths, impl=self.impl,
+        ).out  # fmt: skip
 
     def _convolve(self, k: Tensor, tail: Tensor | None) -> Tensor:
         """k (B, N, K, D) plus its causal depthwise convolution; `tail` (B, width - 1, K, D): the raw keys before it."""

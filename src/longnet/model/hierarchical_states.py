@@ -27,7 +27,7 @@ class HierarchicalStates:
         dtype: torch.dtype,
         device: Any,
     ) -> None:
-        self._make = lambda: HierarchicalState(pattern, key_heads, width, dtype, device)
+        self._make = lambda device=device: HierarchicalState(pattern, key_heads, width, dtype, device)
         self.states = [self._make() for _ in range(batch)]
         self.tail = torch.zeros(batch, TAIL, key_heads, width, dtype=dtype, device=device)
 
@@ -69,6 +69,24 @@ class HierarchicalStates:
         chosen.states = [self.states[b].copy() for b in indices]
         chosen.tail = self.tail[indices]
         return chosen
+
+    def put(self, index: int, other: HierarchicalStates) -> None:
+        """Sequence `index` becomes a copy of the only one of `other`."""
+        self.states[index] = other.states[0].copy()
+        self.tail[index] = other.tail[0]
+
+    def clear(self, index: int) -> None:
+        self.states[index] = self._make()
+        self.tail[index] = 0
+
+    def to(self, device: torch.device | str, positions: list[int]) -> HierarchicalStates:
+        """A copy on another device; `positions`: tokens that every sequence has read."""
+        moved = object.__new__(HierarchicalStates)
+        moved._make = lambda device=device: self._make(device)
+        moved.states = [moved._make() for _ in self.states]
+        moved.tail = self.tail.to(device)
+        moved.load({name: x.clone() for name, x in self.tensors().items()}, positions)
+        return moved
 
     def reset(self) -> None:
         self.states = [self._make() for _ in self.states]

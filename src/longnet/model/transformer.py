@@ -21,9 +21,17 @@ from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
 
-# Tokens whose logits exist at one time while a loss is computed: 4096 x 260 fp32 is 4 MB, 4096 x
-# 128k is 2 GB.
-LOSS_CHUNK = 4096
+# Logits that exist at one time while a loss is computed: 128 MiB in fp32.
+LOSS_LOGITS = 2**25
+
+
+# transformers 5.24 calls `cache` what was `past_key_values` before, in outputs and in what `generate` hands to a model.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def loss_chunk(vocab_size: int) -> int:
+    """Tokens whose logits are alive at once."""
+    return max(1, LOSS_LOGITS // vocab_size)
 
 
 class LongNetPreTrainedModel(PreTrainedModel):
@@ -34,7 +42,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongNetLayer"]  # noqa: RUF012 - Hugging Face's own convention
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     def save_pretrained(  # pyrefly: ignore - the rest is handed on by name
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
@@ -87,6 +95,7 @@ class LongNetModel(LongNetPreTrainedModel):
         return_dict: bool | None = None,
         lengths: Tensor | None = None,
         start: int = 0,
+        cache: LongNetCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states of a batch.
@@ -96,19 +105,21 @@ class LongNetModel(LongNetPreTrainedModel):
             attention_mask: (B, N) of 0 and 1, every row one run of 1s. Left-padded rows are shifted
                 to the left edge at
                 the door and back at the exit, so a document's states do not depend on its batch.
-            past_key_values: a `LongNetCache`; the tokens continue what it has read.
+            past_key_values: a `LongNetCache`; the tokens continue what it has read. `cache` is its
+                other name, that of newer transformers.
             use_cache: make a cache if none is given. None means no.
             lengths: (B,) instead of attention_mask, for right-padded rows.
             start: global position of the first token (without a cache).
         """
         self._check_inputs(input_ids, inputs_embeds, attention_mask, lengths, kwargs)
+        cache = _one_of(past_key_values, cache)
         x: Any = inputs_embeds if input_ids is None else input_ids
         first = None
         if attention_mask is not None and (span := mask_to_span(attention_mask, x.shape[1])):
             first, lengths = span
             x = roll_rows(x, first)
         hidden = x if input_ids is None else self.embed_tokens(x)
-        cache = self._cache(past_key_values, use_cache, hidden, start)
+        cache = self._cache(cache, use_cache, hidden, start)
         hidden, states = self._stack(hidden, lengths, cache, start, bool(output_hidden_states))
         if cache is not None:
             cache.advance(hidden.shape[1] if lengths is None else lengths)
@@ -117,8 +128,8 @@ class LongNetModel(LongNetPreTrainedModel):
             states = states and tuple(roll_rows(state, -first) for state in states)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,  # pyrefly: ignore - not a transformers Cache
             hidden_states=states,
+            **{CACHE: cache},  # pyrefly: ignore - not a transformers Cache
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -223,6 +234,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: LongNetCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, N, V), or the loss.
@@ -242,6 +254,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -259,8 +272,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            **{CACHE: getattr(output, CACHE)},
         )
         return result if return_dict is not False else result.to_tuple()
 
@@ -292,7 +305,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return self._chunked_losses(hidden, next_tokens(input_ids, attention_mask, lengths))[:, :-1]
 
     def _chunked_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(B, N) losses from hidden (B, N, C): logits live for LOSS_CHUNK tokens and are recomputed
+        """(B, N) losses from hidden (B, N, C): logits live for LOSS_LOGITS / V tokens and are recomputed
         in backward."""
         if targets.shape != hidden.shape[:2]:
             raise ValueError(
@@ -300,8 +313,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             )
         flat, wanted = hidden.flatten(0, 1), targets.to(hidden.device).flatten()
         losses = []
-        for begin in range(0, flat.shape[0], LOSS_CHUNK):
-            part = (flat[begin : begin + LOSS_CHUNK], wanted[begin : begin + LOSS_CHUNK])
+        # `split`, not slices: the gradient of every slice would be a whole tensor of zeros, quadratic work in all.
+        size = loss_chunk(self.config.vocab_size)
+        for part in zip(flat.split(size), wanted.split(size), strict=True):
             if torch.is_grad_enabled():
                 # No dropout here, so there is no random state to restore.
                 losses.append(checkpoint(self._losses, *part, use_reentrant=False, preserve_rng_state=False))
@@ -322,18 +336,20 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: LongNetCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """One step of `generate`. Positions come from the cache or the mask, so no position_ids are
         handed on."""
+        cache = _one_of(past_key_values, cache)
         inputs: dict[str, Any] = {
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "attention_mask": attention_mask,
             "use_cache": kwargs.get("use_cache"),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
         }
         keep = next_sequence_length
-        if keep is None and past_key_values is not None and not is_first_iteration:
+        if keep is None and cache is not None and not is_first_iteration:
             keep = 1
         if inputs_embeds is not None and is_first_iteration:
             inputs["inputs_embeds"] = inputs_embeds if keep is None else inputs_embeds[:, -keep:]
@@ -358,11 +374,15 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     ) -> bool:
         """Make nothing: `forward` makes a `LongNetCache` at its first call, when the batch (with
         beams) is known. Only a prefill in chunks asks for one before."""
-        if (cache := model_kwargs.get("past_key_values")) is not None:
+        if (cache := model_kwargs.get(CACHE)) is not None:
             cache._is_user_defined = True
         elif generation_config.prefill_chunk_size is not None and model_kwargs.get("use_cache") is not False:
             beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = LongNetCache(
-                self.config, batch_size * beams, self.device, self.dtype
-            )
+            model_kwargs[CACHE] = LongNetCache(self.config, batch_size * beams, self.device, self.dtype)
         return False
+
+
+def _one_of(past_key_values: LongNetCache | None, cache: LongNetCache | None) -> LongNetCache | None:
+    if past_key_values is not None and cache is not None:
+        raise ValueError("expected past_key_values or cache, two names of one thing; got both")
+    return past_key_values if cache is None else cache

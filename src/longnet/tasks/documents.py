@@ -106,15 +106,30 @@ def _decode(data: bytes, source: str, on_invalid: OnInvalid, first_line: int | N
         ) from None
 
 
+class _TwiceError(Exception):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would silently keep the last of two values, so of two clusters of one name."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(repr(next(name for name in names if names.count(name) > 1)))
+    return record
+
+
 def _json_lines(path: Path, text: str, on_invalid: OnInvalid) -> Iterator[Document]:
     for number, line in enumerate(_bytes(path).splitlines(), 1):
         if not line.strip():
             continue
         source = f"{path}:{number}"
         try:
-            record = json.loads(_decode(line, source, on_invalid, None))
+            record = json.loads(_decode(line, source, on_invalid, None), object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}: expected a JSON object; got {error}") from None
+        except _TwiceError as error:
+            raise ValueError(f"{source}: expected every name of an object once; got {error} twice") from None
         if not isinstance(record, dict):
             raise ValueError(f"{source}: expected a JSON object; got {type(record).__name__}")
         if not isinstance(record.get(text), str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet.model.heads import MULTI, LongNetForTokenClassification
-from longnet.tasks.classification import held_out
-from longnet.tasks.documents import Document, OnInvalid, read_documents
-from longnet.tasks.fit import FitConfig, FitSummary, build_model, fit, length_batches, pad, pick_device
+from longnet.tasks.annotations import Span
+from longnet.tasks.documents import OnInvalid
+from longnet.tasks.fit import (
+    FitConfig,
+    FitSummary,
+    autocast,
+    build_model,
+    fit,
+    length_batches,
+    pad,
+    pick_device,
+)
 from longnet.tasks.metrics import set_f1
 from longnet.tasks.offsets import Offsets
-
-Span = tuple[int, int, str]
-"""(start, end, label), characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,49 +36,13 @@ class ExtractConfig(FitConfig):
     """What `longnet extract train` does."""
 
     train: Path
-    """.jsonl with text and entities: [{"start", "end", "label"}, ...], characters of the text; may be gzipped."""
+    """.jsonl (also gzipped) with text, entities and, to learn them, clusters and relations; offsets are characters."""
     output: Path
     """Folder of the model to make."""
     validation: Path | None = None
     """Documents for early stopping; without it, a tenth of the training documents (by a hash of their ids)."""
     on_invalid: OnInvalid = "fail"
     """Bytes that are no UTF-8: fail, replace, or keep as they are."""
-
-
-def entities_of(document: Document) -> list[Span]:
-    """The gold spans of a document. Raises ValueError with its file and line."""
-    spans = []
-    for entity in document.fields["entities"]:
-        given = entity if isinstance(entity, dict) else {}
-        start, end, label = (given.get(name) for name in ("start", "end", "label"))
-        if (
-            type(start) is not int
-            or type(end) is not int
-            or not isinstance(label, str)
-            or not 0 <= start < end <= len(document.text)
-        ):
-            raise ValueError(
-                f"{document.source}: expected entities {{start, end, label}} with 0 <= start < end <="
-                f" {len(document.text)} characters; got {entity!r}"
-            )
-        if "text" in entity and entity["text"] != document.text[start:end]:
-            raise ValueError(
-                f"{document.source}: entity {entity!r}: its text is {document.text[start:end]!r} at these offsets; offsets"
-                " count characters, not bytes"
-            )
-        spans.append((start, end, label))
-    return spans
-
-
-def read_annotated(path: Path, on_invalid: OnInvalid) -> tuple[list[Document], list[list[Span]]]:
-    """Documents with their gold spans."""
-    documents = read_documents(path, required=("entities",), on_invalid=on_invalid)
-    for document in documents:
-        if not isinstance(document.fields["entities"], list):
-            raise ValueError(
-                f"{document.source}: expected a list of entities; got {document.fields['entities']!r}"
-            )
-    return documents, [entities_of(document) for document in documents]
 
 
 def encode_tags(offsets: Offsets, spans: Iterable[Span], labels: Sequence[str]) -> np.ndarray:
@@ -84,6 +54,40 @@ def encode_tags(offsets: Offsets, spans: Iterable[Span], labels: Sequence[str]) 
             first, last = offsets.bytes(start, end)
             tags[first, 2 * index[label]] = tags[last - 1, 2 * index[label] + 1] = True
     return tags
+
+
+# Probability of a tag before training: tags are rare, and without this the first steps only learn that (Lin et al. 2017,
+# section 3.3).
+TAG_PRIOR = -5.0
+
+
+def tag_fields(labels: Sequence[str]) -> dict[str, Any]:
+    """Configuration of a token classifier with a start and an end tag per label."""
+    names = [f"{border}-{label}" for label in labels for border in ("START", "END")]
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": MULTI,
+    }
+
+
+def longest_span(maps: Sequence[Offsets], gold: Sequence[Iterable[Span]]) -> int:
+    """In bytes."""
+    borders = (m.bytes(s, e) for m, spans in zip(maps, gold, strict=True) for s, e, _ in spans)
+    return max(last - first for first, last in borders)
+
+
+def tag_loss(logits: Tensor, tags: Sequence[np.ndarray]) -> Tensor:
+    """Binary cross entropy of logits (B, N, 2 L) for the rows' tags (n_b, 2 L), per tag that is there.
+
+    Not per byte: most bytes have none, and their number says nothing about the task.
+    """
+    wanted, counted = torch.zeros_like(logits, dtype=torch.float32), torch.zeros_like(logits[..., :1]).float()
+    for row, own in enumerate(tags):
+        wanted[row, : len(own)] = torch.from_numpy(own).to(wanted)
+        counted[row, : len(own)] = 1
+    losses = F.binary_cross_entropy_with_logits(logits.float(), wanted, weight=counted, reduction="sum")
+    return losses / wanted.sum().clamp(min=1)
 
 
 def decode_tags(offsets: Offsets, tags: np.ndarray, labels: Sequence[str], longest: int) -> list[Span]:
@@ -118,6 +122,9 @@ class EntityExtractor:
         [[(8, 15, 'PER')]]
     """
 
+    task = "extraction"
+    model_class: type[LongNetForTokenClassification] = LongNetForTokenClassification
+
     def __init__(self, model: LongNetForTokenClassification, labels: list[str], longest: int) -> None:
         self.model, self.labels, self.longest = model, labels, longest
         self.threshold = 0.5
@@ -126,22 +133,29 @@ class EntityExtractor:
     def load(cls, path: Path, device: str = "auto") -> EntityExtractor:
         """Raises ValueError for a folder that `longnet extract train` has not made."""
         try:
-            task = json.loads((path / "task.json").read_text())
-            labels, longest, threshold = task["entity_labels"], task["longest"], task["threshold"]
+            task = json.loads((path / "task.json").read_text("utf-8"))
+            model = cls.model_class.from_pretrained(path).eval()
+            extractor = cls.from_settings(model, task)
+            extractor.threshold = task["threshold"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"model: expected a folder made by `longnet extract train`; got {path}: {error!r}"
             ) from None
-        model = LongNetForTokenClassification.from_pretrained(path).eval()
         torch.nn.Module.to(model, pick_device(device))
-        extractor = cls(model, labels, longest)
-        extractor.threshold = threshold
         return extractor
+
+    @classmethod
+    def from_settings(cls, model: Any, task: dict[str, Any]) -> EntityExtractor:
+        return cls(model, task["entity_labels"], task["longest"])
+
+    def settings(self) -> dict[str, Any]:
+        """What task.json holds besides the name of the task."""
+        return {"entity_labels": self.labels, "longest": self.longest, "threshold": self.threshold}
 
     def save(self, path: Path) -> None:
         self.model.save_pretrained(path)
-        task = {"task": "extraction", "entity_labels": self.labels, "longest": self.longest}
-        (path / "task.json").write_text(json.dumps({**task, "threshold": self.threshold}, indent=2))
+        task = {"task": self.task, **self.settings()}
+        (path / "task.json").write_text(json.dumps(task, indent=2, ensure_ascii=False), "utf-8")
 
     def extract(self, texts: Sequence[str], batch_tokens: int = 65536) -> list[list[Span]]:
         """Sorted spans (start, end, label) of every text, in characters."""
@@ -159,45 +173,36 @@ class EntityExtractor:
         device = next(self.model.parameters()).device
         for batch in length_batches([len(offsets) for offsets in maps], batch_tokens):
             rows, lengths = pad([maps[i].ids for i in batch], device)
-            probabilities = self.model(input_ids=rows, lengths=lengths).logits.float().sigmoid().cpu().numpy()
+            with autocast(device):
+                logits = self.model(input_ids=rows, lengths=lengths).logits
+            probabilities = logits.float().sigmoid().cpu().numpy()
             for row, i in enumerate(batch):
                 yield i, probabilities[row, : len(maps[i])]
 
 
-def train_extractor(
-    config: ExtractConfig, on_event: Callable[[dict[str, Any]], None] = lambda event: None
-) -> tuple[EntityExtractor, FitSummary, dict[str, float]]:
-    """Train, keep the best epoch by validation span F1, save to config.output.
+class ThresholdChoice:
+    """The threshold of an extractor's tags with the best span F1, over documents that come one by one."""
 
-    Raises:
-        ValueError: bad input, with file and line; an output folder that exists.
-    """
-    if config.output.exists() and any(config.output.iterdir()):
-        raise ValueError(f"output: expected a new or empty folder; got {config.output}; choose another")
-    documents, gold = read_annotated(config.train, config.on_invalid)
-    if config.validation is not None:
-        others, others_gold = read_annotated(config.validation, config.on_invalid)
-    else:
-        marks = [held_out(document.id) for document in documents]
-        if all(marks) or not any(marks):
-            marks = [i == 0 for i in range(len(documents))]
-        others, others_gold = _where(documents, marks, True), _where(gold, marks, True)
-        documents, gold = _where(documents, marks, False), _where(gold, marks, False)
-    if not any(gold) or not others:
-        raise ValueError(
-            f"{config.train}: expected at least two documents and one entity in training; got fewer"
-        )
-    extractor, summary, report = fit_extractor(
-        config, [d.text for d in documents], gold, [d.text for d in others], others_gold, on_event
-    )
-    extractor.save(config.output)
-    record = {"summary": asdict(summary), "validation": report}
-    (config.output / "training.json").write_text(json.dumps(record, indent=2))
-    return extractor, summary, report
+    GRID = (0.2, 0.3, 0.4, 0.5, 0.6)
 
+    def __init__(self, extractor: EntityExtractor) -> None:
+        self.extractor = extractor
+        self.gold: list[list[Span]] = []
+        self.found: dict[float, list[list[Span]]] = {t: [] for t in self.GRID}
 
-def _where(items: list[Any], marks: list[bool], wanted: bool) -> list[Any]:
-    return [item for item, mark in zip(items, marks, strict=True) if mark is wanted]
+    def add(self, offsets: Offsets, odds: np.ndarray, gold: list[Span]) -> None:
+        """One document: odds (bytes, 2 L)."""
+        self.gold.append(gold)
+        for threshold, found in self.found.items():
+            found.append(
+                decode_tags(offsets, odds >= threshold, self.extractor.labels, self.extractor.longest)
+            )
+
+    def best(self) -> dict[str, float]:
+        """Sets the extractor's threshold; its scores."""
+        scores = {t: set_f1(self.gold, found) for t, found in self.found.items()}
+        self.extractor.threshold = max(scores, key=lambda t: scores[t]["f1"])
+        return {**scores[self.extractor.threshold], "threshold": self.extractor.threshold}
 
 
 def fit_extractor(
@@ -208,47 +213,25 @@ def fit_extractor(
     validation_gold: Sequence[list[Span]],
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> tuple[EntityExtractor, FitSummary, dict[str, float]]:
-    """As `train_extractor`, on texts in memory; writes nothing."""
+    """Train on texts in memory, keep the best epoch by validation span F1; writes nothing."""
     labels = sorted({label for spans in gold for _, _, label in spans})
     maps, others = [Offsets(text) for text in texts], [Offsets(text) for text in validation_texts]
     tags = [encode_tags(offsets, spans, labels) for offsets, spans in zip(maps, gold, strict=True)]
-    widths = [
-        b - a for m, spans in zip(maps, gold, strict=True) for s, e, _ in spans for a, b in [m.bytes(s, e)]
-    ]
-    names = [f"{border}-{label}" for label in labels for border in ("START", "END")]
-    model = build_model(
-        LongNetForTokenClassification,
-        config,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        problem_type=MULTI,
-    )
-    # Tags are rare: without this prior the first steps only learn that (Lin et al. 2017, section 3.3).
-    torch.nn.init.constant_(model.classifier.bias, -5.0)
-    extractor = EntityExtractor(model, labels, max(widths))
+    model = build_model(LongNetForTokenClassification, config, **tag_fields(labels))
+    torch.nn.init.constant_(model.classifier.bias, TAG_PRIOR)
+    extractor = EntityExtractor(model, labels, longest_span(maps, gold))
     device = next(model.parameters()).device
     report: dict[str, float] = {}
 
     def loss_of(batch: list[int]) -> Tensor:
         rows, lengths = pad([maps[i].ids for i in batch], device)
-        wanted = torch.zeros(*rows.shape, len(names), device=device)
-        counted = torch.zeros(*rows.shape, 1, device=device)
-        for row, i in enumerate(batch):
-            wanted[row, : len(maps[i])] = torch.from_numpy(tags[i]).to(device, wanted.dtype)
-            counted[row, : len(maps[i])] = 1
-        logits = model(input_ids=rows, lengths=lengths).logits.float()
-        losses = F.binary_cross_entropy_with_logits(logits, wanted, weight=counted, reduction="sum")
-        # Per tag that is there, not per byte: most bytes have none, and their number says nothing about the task.
-        return losses / wanted.sum().clamp(min=1)
+        return tag_loss(model(input_ids=rows, lengths=lengths).logits, [tags[i] for i in batch])
 
     def validate() -> float:
-        spans: dict[float, list[list[Span]]] = {t: [[] for _ in others] for t in (0.2, 0.3, 0.4, 0.5, 0.6)}
+        choice = ThresholdChoice(extractor)
         for i, odds in extractor.odds(others, config.batch_tokens):
-            for threshold, found in spans.items():
-                found[i] = decode_tags(others[i], odds >= threshold, labels, extractor.longest)
-        scores = {t: set_f1(validation_gold, found) for t, found in spans.items()}
-        extractor.threshold = max(scores, key=lambda t: scores[t]["f1"])
-        report.update(scores[extractor.threshold], threshold=extractor.threshold)
+            choice.add(others[i], odds, validation_gold[i])
+        report.update(choice.best())
         return report["f1"]
 
     sizes = [len(offsets) for offsets in maps]

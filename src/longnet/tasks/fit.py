@@ -75,6 +75,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
+    """bfloat16 on CUDA, if wanted; nothing elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and device.type == "cuda")
+
+
 def build_model(cls: type[M], config: FitConfig, **fields: Any) -> M:
     """A bidirectional model of class `cls`, fresh or with the layers of `config.pretrained`."""
     torch.manual_seed(config.seed)
@@ -178,12 +183,12 @@ def fit(
             progress = max(step / total, (time.perf_counter() - started) / limit)
             if progress >= 1:
                 break
-            with _autocast(config, device):
+            with autocast(device, config.bf16):
                 loss = loss_of(batch)
             _update(model, optimizer, config, loss, progress, step)
             step += 1
         model.eval()
-        with torch.no_grad(), _autocast(config, device):
+        with torch.no_grad(), autocast(device, config.bf16):
             score = validate()
         seconds = time.perf_counter() - started
         on_event({"epoch": epoch, "step": step, "score": score, "seconds": seconds})
@@ -200,10 +205,6 @@ def fit(
         model.load_state_dict(best_state)
     model.eval()
     return FitSummary(step, epoch, best_epoch, best, time.perf_counter() - started, stopped)
-
-
-def _autocast(config: FitConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda")
 
 
 def _update(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -79,6 +79,75 @@ def b_cubed(gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Has
     p = precision / len(predicted_of) if predicted_of else 0.0
     r = recall / len(gold_of) if gold_of else 0.0
     return {"precision": p, "recall": r, "f1": 2 * p * r / (p + r) if p + r else 0.0}
+
+
+def muc(gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Hashable]]) -> dict[str, float]:
+    """MUC (Vilain et al. 1995), over the links that join a cluster's mentions.
+
+    recall = sum_k (|K| - parts(K)) / sum_k (|K| - 1) over gold clusters K, where parts(K) counts the predicted clusters
+    that K is spread over, a mention in none being a part by itself; precision with the roles exchanged. Single mentions
+    have no links.
+    """
+
+    def links(clusters: list[frozenset[Hashable]], others: list[frozenset[Hashable]]) -> tuple[int, int]:
+        owner = {m: i for i, c in enumerate(others) for m in c}
+        parts = [len({owner.get(m, ("alone", m)) for m in c}) for c in clusters]
+        return sum(len(c) - n for c, n in zip(clusters, parts, strict=True)), sum(
+            len(c) - 1 for c in clusters
+        )
+
+    g, p = ([frozenset(c) for c in side if c] for side in (gold, predicted))
+    (right, claimed), (found, wanted) = links(p, g), links(g, p)
+    precision, recall = right / claimed if claimed else 0.0, found / wanted if wanted else 0.0
+    both = precision + recall
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / both if both else 0.0}
+
+
+def align_clusters(
+    gold: Mapping[str, Iterable[Hashable]], predicted: Mapping[str, Iterable[Hashable]]
+) -> dict[str, str]:
+    """Predicted name -> gold name, where more than half of the predicted cluster's mentions are the gold cluster's.
+
+    The rule of SciREX (Jain et al. 2020), here with mentions that must be equal. Of several gold clusters that share
+    mentions, the one with most of them counts, of equals the first name.
+    """
+    owners: dict[Hashable, list[str]] = {}
+    for name, mentions in gold.items():
+        for mention in set(mentions):
+            owners.setdefault(mention, []).append(name)
+    aligned = {}
+    for name, mentions in predicted.items():
+        own, shared = set(mentions), {}
+        for mention in own:
+            for other in owners.get(mention, ()):
+                shared[other] = shared.get(other, 0) + 1
+        best = min(shared, key=lambda other: (-shared[other], other), default=None)
+        if best is not None and 2 * shared[best] > len(own):
+            aligned[name] = best
+    return aligned
+
+
+def cluster_f1(
+    gold: Sequence[Mapping[str, Iterable[Hashable]]], predicted: Sequence[Mapping[str, Iterable[Hashable]]]
+) -> dict[str, float]:
+    """Of whole entities: precision = predicted clusters that `align_clusters` aligns; recall = gold clusters something
+    is aligned with."""
+    aligned = [align_clusters(g, p) for g, p in zip(gold, predicted, strict=True)]
+    claimed, wanted = sum(map(len, predicted)), sum(map(len, gold))
+    precision = sum(map(len, aligned)) / claimed if claimed else 0.0
+    recall = sum(len(set(a.values())) for a in aligned) / wanted if wanted else 0.0
+    both = precision + recall
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / both if both else 0.0}
+
+
+def align_relations(
+    relations: Iterable[tuple[str, str, str]], aligned: Mapping[str, str]
+) -> set[tuple[Any, Any, str]]:
+    """Predicted relations in the names of gold entities; an end that is aligned with none can equal no gold relation."""
+    return {
+        (aligned.get(head, ("unknown", head)), aligned.get(tail, ("unknown", tail)), label)
+        for head, tail, label in relations
+    }
 
 
 def docred_f1(

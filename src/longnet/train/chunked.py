@@ -1,8 +1,9 @@
 """Exact training on one sequence of any length, a chunk at a time, in memory that grows with its square root.
 
-Pass one reads the chunks in order without gradients and keeps the dilated keys and values that later chunks can still see.
-Pass two takes the chunks in reverse, recomputes each with gradients, and hands the gradients of kept rows to the chunk that
-made them. The gradients of the parameters equal those of one backward pass over the whole sequence.
+Pass one reads the chunks in order without gradients and keeps what later chunks can still see: dilated keys and values, and of
+hierarchical layers with a retention the tokens and summaries held at every border. Pass two takes the chunks in reverse,
+recomputes each with gradients, and hands the gradients of what was kept to the chunk that made it. The gradients of the
+parameters equal those of one backward pass over the whole sequence.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import torch
 from torch import Tensor
 
 from longnet.attention.cached import prefill_attention, write_rows
+from longnet.attention.hierarchical_cached import Step
+from longnet.attention.hierarchical_recurrent import RecurrentState
+from longnet.attention.hierarchical_torch import Parameters
 from longnet.attention.recurrent import attend_chunk
-from longnet.patterns import DilatedPattern
+from longnet.patterns import DilatedPattern, HierarchicalPattern
 
 
 class ChunkStore:
     """The kept rows of all layers and their gradients; stands where a model expects its cache.
 
     A branch is kept if one of its segments crosses a border between chunks. Keys and values are (B, rows, slots, D), segment
-    after segment; gradients are fp32 of the same shape, made when the reverse pass begins.
+    after segment; gradients are fp32 of the same shape, made when the reverse pass begins. A hierarchical layer has a
+    `RecurrentState` of its own instead.
     """
 
     differentiable = True
@@ -31,16 +36,22 @@ class ChunkStore:
     def __init__(
         self, config: Any, batch: int, num_tokens: int, chunk: int, device: Any, dtype: torch.dtype
     ) -> None:
-        if "hierarchical" in config.attention_kinds() or config.bidirectional:
-            raise ValueError(
-                "expected a causal model of dilated layers; got hierarchical or bidirectional ones; train it on whole windows"
-            )
+        if config.bidirectional:
+            raise ValueError("expected a causal model; got a bidirectional one; train it on whole windows")
         self.pattern: DilatedPattern = config.pattern()
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self.chunk, self.start, self.reverse = chunk, 0, False
         self.dtype = dtype
         self.positions = torch.zeros(batch, dtype=torch.int64, device=device)
         rows = [self._rows(w, r, num_tokens) for w, r in self.pattern.branches]
+        kinds = config.attention_kinds()
+        tree: Any = config.hierarchical_pattern() if "hierarchical" in kinds else None
+        tail = max(0, config.key_conv - 1)
+        self.states = {
+            index: RecurrentState(tree, batch, self.num_key_heads, config.head_dim, tail, dtype, device)
+            for index, kind in enumerate(kinds)
+            if kind == "hierarchical"
+        }
 
         def make(of: torch.dtype) -> list:
             return [
@@ -51,7 +62,9 @@ class ChunkStore:
                     )
                     for n, slots in rows
                 ]
-                for _ in range(config.num_hidden_layers)
+                if kind == "dilated"
+                else []
+                for kind in kinds
             ]
 
         self.rows = make(dtype)
@@ -71,6 +84,22 @@ class ChunkStore:
             self.gradients = self._make_gradients()
         self.start, self.reverse = start, reverse
         self.positions.fill_(start)
+        for state in self.states.values():
+            state.begin(start, reverse)
+
+    def close(self, end: int) -> None:
+        """After a forward without gradients: keep what the chunk hands on at position `end`."""
+        for state in self.states.values():
+            state.close(end)
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of the chunk, from its share of the loss and from what it handed on to later chunks."""
+        roots = [pair for state in self.states.values() for pair in state.roots()]
+        torch.autograd.backward(
+            [loss, *(x for x, _ in roots)], [torch.ones_like(loss), *(g for _, g in roots)]
+        )
+        for state in self.states.values():
+            state.pull()
 
     def _segments(self, buffers: list, token: int) -> list[tuple[Tensor, Tensor]]:
         """Per branch the rows of the segment that holds `token`."""
@@ -97,14 +126,25 @@ class ChunkStore:
         write_rows(self._segments(kept, last), k, v, self.pattern, self.num_heads, self.start)
         return out.to(before_dtype)
 
+    def attend_hierarchical(
+        self, layer_index: int, step: Step, parameters: Parameters, prior_query: Tensor, lengths: Any = None
+    ) -> Tensor:
+        """`attend` of a hierarchical layer: -> (B, n, H, D)."""
+        if lengths is not None:
+            raise ValueError("expected sequences of equal length in chunked training; got lengths")
+        return self.states[layer_index].attend(step, parameters, prior_query)
+
+    def key_tail(self, layer_index: int, k: Tensor, width: int, lengths: Any = None) -> Tensor:
+        """The width - 1 raw keys before the chunk k (B, n, K, D)."""
+        return self.states[layer_index].key_tail(k)
+
     def advance(self, lengths: Any) -> None:
         """Positions are set by `begin`."""
 
     def nbytes(self) -> int:
-        """Bytes of the kept rows and of their gradients."""
-        return sum(
-            x.nbytes for of in (self.rows, self.gradients) for layer in of for pair in layer for x in pair
-        )
+        """Bytes of all that is kept and of its gradients."""
+        rows = (x for of in (self.rows, self.gradients) for layer in of for pair in layer for x in pair)
+        return sum(x.nbytes for x in rows) + sum(state.nbytes() for state in self.states.values())
 
 
 def chunked_backward(
@@ -119,16 +159,16 @@ def chunked_backward(
     """Accumulate the exact gradient of the mean loss into the parameters' .grad; the loss (nats) is returned, detached.
 
     Args:
-        model: `LongNetForCausalLM`, causal and dilated.
-        input_ids, targets: (B, N), on any device (chunks are moved); targets[:, n] is to be predicted after input_ids[:, n],
-            -100 is ignored.
+        model: `LongNetForCausalLM`, causal; hierarchical layers need a retention.
+        input_ids, targets: (B, N), any integers, on any device (chunks are moved and widened); targets[:, n] is to be predicted
+            after input_ids[:, n], -100 is ignored.
         chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `choose_chunk`.
         dtype: of the kept rows; None is the autocast dtype if autocast is on, else the dtype of the weights.
         scale: factor on the gradients, not on the loss that is returned.
         on_chunk: called with (chunks done, chunks to do), both passes counted.
 
     Raises:
-        ValueError: shapes that differ, chunk < 1, or a model that is not causal and dilated.
+        ValueError: shapes that differ, chunk < 1, a model that is not causal, hierarchical layers that keep everything.
     """
     if input_ids.shape != targets.shape or input_ids.dim() != 2 or chunk < 1:
         raise ValueError(
@@ -148,7 +188,8 @@ def chunked_backward(
     with torch.no_grad():
         for start in starts[:-1]:  # nothing comes after the last chunk
             store.begin(start)
-            model.model(input_ids=input_ids[:, start : start + chunk].to(device), past_key_values=store)
+            model.model(input_ids=_moved(input_ids[:, start : start + chunk], device), past_key_values=store)
+            store.close(start + chunk)
             done += 1
             if on_chunk is not None:
                 on_chunk(done, todo)
@@ -157,10 +198,12 @@ def chunked_backward(
         store.begin(start, reverse=True)
         part = slice(start, start + chunk)
         losses = model.token_losses(
-            input_ids[:, part].to(device), targets=targets[:, part].to(device), past_key_values=store
+            _moved(input_ids[:, part], device),
+            targets=_moved(targets[:, part], device),
+            past_key_values=store,
         )
         loss = losses.sum() / count
-        (loss * scale).backward()
+        store.backward(loss * scale)
         total += loss.detach()
         done += 1
         if on_chunk is not None:
@@ -168,14 +211,24 @@ def chunked_backward(
     return total
 
 
+def _moved(ids: Tensor, device: Any) -> Tensor:
+    return ids.to(device, non_blocking=True).long()
+
+
 def choose_chunk(config: Any, num_tokens: int, batch: int = 1, bytes_per_number: int = 2) -> int:
     """The chunk, a power of two times the shortest segment, that needs the least memory; the larger of equals.
 
     memory(c) = c (24 + 2 L) hidden + the kept rows (K and V in 16 bits, their gradients in 32) of all branches that cross
-    chunks; the optimum grows with the square root of N.
+    chunks + the states of hierarchical layers at all borders; the optimum grows with the square root of N.
     """
-    pattern = config.pattern()
-    width = config.num_hidden_layers * config.head_dim * (2 * bytes_per_number + 8)
+    pattern, kinds = config.pattern(), config.attention_kinds()
+    dilated, hierarchical = kinds.count("dilated"), kinds.count("hierarchical")
+    width = dilated * config.head_dim * (2 * bytes_per_number + 8)
+    border = (
+        _state_bytes(config.hierarchical_pattern(), config, num_tokens, bytes_per_number)
+        if hierarchical
+        else 0
+    )
 
     def memory(chunk: int) -> float:
         store = sum(
@@ -184,8 +237,20 @@ def choose_chunk(config: Any, num_tokens: int, batch: int = 1, bytes_per_number:
             for w, r in pattern.branches
             if chunk % w and chunk < num_tokens
         )
-        return width * store + chunk * (24 + 2 * config.num_hidden_layers) * config.hidden_size
+        borders = -(-num_tokens // chunk) - 1
+        activations = chunk * (24 + 2 * config.num_hidden_layers) * config.hidden_size
+        return width * store + hierarchical * borders * border + activations
 
     shortest = min(pattern.segment_lengths)
     sizes = [shortest * 2**i for i in range(1 + max(0, math.ceil(math.log2(max(1, num_tokens / shortest)))))]
     return min(num_tokens, min(reversed(sizes), key=memory))
+
+
+def _state_bytes(
+    pattern: HierarchicalPattern, config: Any, num_tokens: int, bytes_per_number: int = 2
+) -> int:
+    """Bytes that one hierarchical layer holds of one sequence at a border: tokens (k, k turned, v) and summaries with their mass
+    and entropy."""
+    tokens, nodes = pattern.cache_entries(num_tokens)
+    key_width = config.head_dim * bytes_per_number
+    return config.num_key_value_heads * (tokens * 3 * key_width + nodes * (2 * key_width + 8))

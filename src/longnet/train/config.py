@@ -150,11 +150,16 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
     if config.chunk_tokens is not None and config.chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
-    kinds = LongNetConfig.preset(config.preset, **config.model).attention_kinds()
-    if config.sequence_strategy == "chunked" and ("hierarchical" in kinds or config.objective != "causal"):
-        raise ValueError(
-            "sequence_strategy: expected 'whole' for hierarchical layers and for masked spans; got 'chunked'"
+    if config.sequence_strategy == "chunked":
+        model = LongNetConfig.preset(config.preset, **config.model)
+        kept_whole = (
+            "hierarchical" in model.attention_kinds() and model.hierarchical_pattern().retention is None
         )
+        if kept_whole or config.objective != "causal":
+            raise ValueError(
+                "sequence_strategy: expected 'whole' for masked spans and for hierarchical layers without a retention; got "
+                "'chunked'"
+            )
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")

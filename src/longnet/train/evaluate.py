@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -81,15 +82,15 @@ def stream(
     borders = _borders(begin, begin + count, first_bucket)
     sums = np.zeros(len(borders) - 1)
     started = time.perf_counter()
-    for first, losses in _losses(model, ids[None], chunk, cache):
-        sums += _by_bucket(borders, begin + first, losses)[0]
-        done = first + losses.shape[1]
+    done = 0
+    for first, size, part in _sums(model, ids[None], chunk, cache, borders, begin, stop):
+        sums += part[0]
+        done = first + size
         on_chunk(done, cache.nbytes())
-        if done < count and stop():
-            count = done
-            borders = _borders(begin, begin + count, first_bucket)
-            sums = sums[: len(borders) - 1]
-            break
+    if done < count:
+        count = done
+        borders = _borders(begin, begin + count, first_bucket)
+        sums = sums[: len(borders) - 1]
     bits = sums / np.diff(borders) / math.log(2)
     seconds = time.perf_counter() - started
     return StreamReport(count, tuple(borders), tuple(bits.tolist()), cache.nbytes(), seconds)
@@ -134,10 +135,10 @@ def by_position(
     for i in range(0, windows, batch_size):
         part = np.stack([ids[begin : begin + window + 1] for begin in begins[i : i + batch_size]])
         cache, total = _cache(model, len(part)), np.zeros((len(part), len(borders) - 1))
-        for first, losses in _losses(model, part, chunk, cache):
-            total += _by_bucket(borders, first, losses)
+        for first, size, by_bucket in _sums(model, part, chunk, cache, borders):
+            total += by_bucket
             largest = max(largest, cache.nbytes())
-            on_chunk(i * window + len(part) * (first + losses.shape[1]), cache.nbytes())
+            on_chunk(i * window + len(part) * (first + size), cache.nbytes())
         sums.append(total)
     bits = np.concatenate(sums) / np.diff(borders) / math.log(2)
     error = bits.std(0, ddof=1) / math.sqrt(windows) if windows > 1 else np.full(len(borders) - 1, math.nan)
@@ -167,20 +168,38 @@ def _borders(begin: int, end: int, first_bucket: int) -> list[int]:
     return [*borders, end]
 
 
-def _losses(
-    model: LongNetForCausalLM, ids: np.ndarray, chunk: int, cache: LongNetCache
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(first, losses (B, n)) of the predictions of ids[:, 1:], chunk by chunk. ids (B, N) may be on disk."""
+def _sums(
+    model: LongNetForCausalLM,
+    ids: np.ndarray,
+    chunk: int,
+    cache: LongNetCache,
+    borders: list[int],
+    begin: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(first, n, sums (B, buckets)) of the losses of the predictions of ids[:, 1:], n at a time. ids (B, N) may be on disk.
+
+    A chunk is handed out when the next one has been launched, so that a GPU does not wait for the host.
+    """
     model.eval()
+    waiting: tuple[int, int, torch.Tensor] | None = None
     for first in range(0, ids.shape[1] - 1, chunk):
+        if waiting is not None and stop():
+            break
         part = torch.from_numpy(ids[:, first : first + chunk + 1].astype(np.int64)).to(cache.device)
         losses = model.token_losses(part[:, :-1], targets=part[:, 1:], past_key_values=cache)
-        yield first, losses.double().cpu().numpy()
+        sums = _by_bucket(borders, begin + first, losses)
+        if waiting is not None:
+            yield *waiting[:2], waiting[2].cpu().numpy()
+        waiting = first, losses.shape[1], sums
+    if waiting is not None:
+        yield *waiting[:2], waiting[2].cpu().numpy()
 
 
-def _by_bucket(borders: list[int], first: int, losses: np.ndarray) -> np.ndarray:
-    """(B, buckets): sums of losses (B, n) whose first column is position `first`."""
-    buckets = np.searchsorted(borders, np.arange(first, first + losses.shape[1]), "right") - 1
-    sums = np.zeros((len(losses), len(borders) - 1))
-    np.add.at(sums.T, buckets, losses.T)
+def _by_bucket(borders: list[int], first: int, losses: torch.Tensor) -> torch.Tensor:
+    """(B, buckets) fp64 sums of losses (B, n) whose first column is position `first`."""
+    sums = torch.zeros(losses.shape[0], len(borders) - 1, dtype=torch.float64, device=losses.device)
+    for i, (low, high) in enumerate(itertools.pairwise(borders)):
+        if low < first + losses.shape[1] and high > first:
+            sums[:, i] = losses[:, max(0, low - first) : high - first].sum(1, dtype=torch.float64)
     return sums

@@ -1,0 +1,257 @@
+"""Serving: time to first token and throughput of the engine behind `longnet serve`, against transformers' generate.
+
+Streams that all arrive at once read a text of random bytes each and write greedily. LongNet runs in the server's engine (chunks
+of reading alternate with batched steps); the peer is a dense Llama of the same width, depth and heads, its texts in one batch
+through `generate`. Both have random weights: time and memory do not depend on them. Neither goes through HTTP. Cells that
+do not fit into memory or time are rows with their reason. Writes results.json and results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import queue
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from longnet import DilatedPattern, LongNetConfig, LongNetForCausalLM, text
+from longnet.serve.engine import Engine
+from longnet.serve.jobs import Completion, Done, Failed, Text
+from run import environment
+
+SIZE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GIB = 2**30
+
+
+def longnet_model(size: dict, longest: int, window: int, device: str) -> LongNetForCausalLM:
+    """Every token may see the whole of the longest context: segments grow until they cover it."""
+    pattern = DilatedPattern.geometric(longest, window=window, ratio=4)
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        **size, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates
+    )
+    model = LongNetForCausalLM(config)
+    model.lm_head.weight.data[text.EOS] = 0  # a random model would end some texts early
+    return model.to(device, dtype_of(device)).eval()
+
+
+def dense_model(size: dict, longest: int, device: str) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **size, num_key_value_heads=size["num_attention_heads"], vocab_size=text.VOCAB_SIZE, tie_word_embeddings=True,
+        max_position_embeddings=2 * longest, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return LlamaForCausalLM(config).to(device, dtype_of(device)).eval()
+
+
+def dtype_of(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def fresh(device: str) -> int:
+    """Bytes held, after everything else was given back; the peak counts from here."""
+    gc.collect()
+    if device != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def prompts(streams: int, context: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(32, 127, (streams, context), dtype=np.uint8)
+
+
+def serve_longnet(model: LongNetForCausalLM, streams: int, context: int, options: argparse.Namespace) -> dict:
+    before = fresh(options.device)
+    engine = Engine(
+        model, slots=streams, chunk=options.chunk, max_waiting=streams, max_backlog=2**40, max_wait=3600.0
+    )
+    engine.start()
+    try:
+        engine.warm_up()
+        answers: queue.Queue = queue.Queue()
+        texts = prompts(streams, context)
+        began = time.perf_counter()
+        for stream in range(streams):
+
+            def emit(event: object, stream: int = stream) -> None:
+                answers.put((stream, time.perf_counter(), event))
+
+            engine.submit(
+                Completion(emit=emit, data=texts[stream].tobytes(), max_tokens=options.new, temperature=0.0)
+            )
+        first: dict[int, float] = {}
+        ended, written = 0, 0
+        while ended < streams:
+            stream, now, event = answers.get(timeout=options.budget_seconds)
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Text | Done):
+                first.setdefault(stream, now - began)
+            if isinstance(event, Done):
+                ended, written, last = ended + 1, written + event.written, now
+        report = engine.statistics.between_tokens.report()
+        row = timing(sorted(first.values()), last - began, written)
+        row |= {"ms_between_tokens_p50": 1e3 * report["p50"] if report["p50"] else None}
+        row["kept_bytes_per_stream"] = engine.slots.cache.nbytes() // streams
+        row |= peak(options.device, before)
+    finally:
+        engine.close()
+    return row
+
+
+@torch.inference_mode()
+def generate_dense(model: torch.nn.Module, streams: int, context: int, options: argparse.Namespace) -> dict:
+    before = fresh(options.device)
+    ids = torch.from_numpy(prompts(streams, context).astype(np.int64) + text.FIRST_BYTE).to(options.device)
+    mask = torch.ones_like(ids)
+
+    def run(count: int) -> float:
+        synchronize(options.device)
+        began = time.perf_counter()
+        out = model.generate(  # pyrefly: ignore
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count
+        )
+        synchronize(options.device)
+        assert out.shape[1] == context + count
+        return time.perf_counter() - began
+
+    # Kernels are loaded before anything is timed.
+    model.generate(ids[:, :64], attention_mask=mask[:, :64], do_sample=False, max_new_tokens=4)  # pyrefly: ignore
+    first, whole = run(1), run(options.new)
+    row = timing([first] * streams, whole, streams * options.new)
+    row["ms_between_tokens_p50"] = 1e3 * (whole - first) / (options.new - 1)
+    row["kept_bytes_per_stream"] = dense_bytes(context + options.new, options)
+    row |= peak(options.device, before)
+    return row
+
+
+def timing(first: list[float], whole: float, written: int) -> dict:
+    return {
+        "first_token_s_p50": first[(len(first) - 1) // 2], "first_token_s_max": first[-1], "seconds": whole,
+        "written_tokens": written, "tokens_per_second": written / whole,
+    }  # fmt: skip
+
+
+def peak(device: str, before: int) -> dict:
+    if device != "cuda":
+        return {}
+    return {"peak_extra_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def dense_bytes(tokens: int, options: argparse.Namespace) -> int:
+    """Keys and values of one text in a dense model."""
+    size = options.size
+    return 2 * size["num_hidden_layers"] * size["hidden_size"] * tokens * dtype_of(options.device).itemsize
+
+
+def does_not_fit(who: str, streams: int, context: int, options: argparse.Namespace) -> str | None:
+    """Why a dense cell is not tried: its keys and values, with the half more that appending to them takes for a moment."""
+    if who != "dense" or options.device != "cuda":
+        return None
+    needed = 1.5 * streams * dense_bytes(context + options.new, options)
+    free = torch.cuda.mem_get_info()[0]
+    return None if needed < free else f"keys and values need {needed / 1.5 / GIB:.0f} GiB of {free / GIB:.0f}"
+
+
+def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """(streams, context), the cheap ones first."""
+    return sorted(
+        ((s, c) for s in options.streams for c in options.contexts), key=lambda cell: cell[0] * cell[1]
+    )
+
+
+def measure(options: argparse.Namespace) -> tuple[list[dict], dict]:
+    longest = max(options.contexts) + options.new
+    window = 64 if options.small else 2048
+    models = {"longnet": longnet_model(options.size, max(options.contexts), window, options.device)}
+    models["dense"] = dense_model(options.size, longest, options.device)
+    facts = {f"{who}_parameters": sum(p.numel() for p in m.parameters()) for who, m in models.items()}
+    facts["branches"] = str(models["longnet"].config.pattern().branches)
+    runs = {"longnet": serve_longnet, "dense": generate_dense}
+    end, rows = time.monotonic() + options.budget_seconds, []
+    rates: dict[str, float] = {}  # seconds a token (for dense: a pair of tokens) took, to guess the next cell
+    for streams, context in cells(options):
+        for who, run in runs.items():
+            row: dict = {"who": who, "streams": streams, "context": context}
+            work = streams * context * (context if who == "dense" else 1)
+            guess = rates.get(who, 0.0) * work * (2 if who == "dense" else 1)
+            if reason := does_not_fit(who, streams, context, options):
+                row["left_out"] = reason
+            elif time.monotonic() + guess > end:
+                row["left_out"] = f"about {guess:.0f} s, more than was left of {options.budget_seconds:.0f}"
+            else:
+                try:
+                    row |= run(models[who], streams, context, options)
+                    rates[who] = row["first_token_s_max"] / work
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    row["left_out"] = f"{type(error).__name__}: {str(error)[:80]}"
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows, facts
+
+
+HEAD = "| streams | context | who | first token s, median | slowest | ms a token | tokens/s, all | kept MiB a stream | peak GiB |"
+
+
+def line(row: dict) -> str:
+    start = f"| {row['streams']} | {row['context']} | {row['who']} | "
+    if "left_out" in row:
+        return start + f"{row['left_out']} | | | | | |"
+    between, top = row["ms_between_tokens_p50"], row.get("peak_extra_bytes")
+    return start + (
+        f"{row['first_token_s_p50']:.3f} | {row['first_token_s_max']:.3f} | "
+        f"{'' if between is None else f'{between:.2f}'} | {row['tokens_per_second']:.0f} | "
+        f"{row['kept_bytes_per_stream'] / 2**20:.1f} | {'' if top is None else f'{top / GIB:.1f}'} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 65536, 524288])
+    parser.add_argument("--new", type=int, default=128, help="tokens that each stream writes")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens read at once")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=330.0, help="cells that would end later are left out"
+    )
+    parser.add_argument("--small", action="store_true", help="tiny models and texts: a smoke test, no claim")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve"))
+    options = parser.parse_args()
+    options.size = SMALL if options.small else SIZE
+    if options.small:
+        options.streams, options.contexts, options.new, options.chunk = [1, 3], [100, 400], 8, 64
+    facts = environment(options.device)
+    print(HEAD, flush=True)
+    rows, more = measure(options)
+    facts |= more | {"model": options.size, "new_tokens": options.new, "chunk": options.chunk}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "results.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=1))
+    top = ", ".join(f"{name} {value}" for name, value in facts.items())
+    note = (
+        "Random weights, greedy, all streams at once, no HTTP. ms a token: between two tokens of a stream, for longnet while"
+        " others are still being read. tokens/s: all that was written over all of the time, reading included."
+    )
+    table = [HEAD, "|---" * 9 + "|", *map(line, rows)]
+    (options.output / "results.md").write_text("\n".join([top, "", note, "", *table]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

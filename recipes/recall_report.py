@@ -1,0 +1,122 @@
+"""The table and the picture of one task's results: python recipes/recall_report.py runs/recall/recall.json"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def report(path: Path, order: list[str] | None = None) -> str:
+    """Write the Markdown table and the picture beside the JSON file; returns the table."""
+    results = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    if not results["rows"]:
+        return "no run has finished"
+    rows = results["rows"]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    names.sort(key=lambda name: order.index(name) if order else names.index(name))
+    lengths = list(rows[0]["accuracy"])
+    text = "\n\n".join((by_length(rows, names, lengths), by_opened(rows, lengths), agreement(rows)))
+    text = text.strip() + "\n"
+    path.with_suffix(".md").write_text(text)
+    draw(rows, names, lengths, results["setting"], path.with_suffix(".png"))
+    return text
+
+
+def values(rows: list[dict], name: str, length: str) -> list[float]:
+    return [row["accuracy"][length]["accuracy"] for row in rows if row["model"] == name]
+
+
+def cell(found: list[float]) -> str:
+    mean = f"{statistics.mean(found):.3f}"
+    return mean if len(found) == 1 else f"{mean} ({min(found):.3f} to {max(found):.3f})"
+
+
+def by_length(rows: list[dict], names: list[str], lengths: list[str]) -> str:
+    lines = [f"| model | keys | seeds | {' | '.join(lengths)} |", "|---" * (len(lengths) + 3) + "|"]
+    for name in names:
+        mine = [row for row in rows if row["model"] == name]
+        cells = " | ".join(cell(values(rows, name, length)) for length in lengths)
+        lines.append(f"| {name} | {100 * mine[0]['keys_share']:.1f} % | {len(mine)} | {cells} |")
+    return "\n".join(lines)
+
+
+def by_opened(rows: list[dict], lengths: list[str]) -> str:
+    """One trained model, other numbers of opened blocks."""
+    changed = [row for row in rows if "opened_after_training" in row]
+    if not changed:
+        return ""
+    head = f"| {changed[0]['model']}, tested with | {' | '.join(lengths)} |"
+    lines = [head, "|---" * (len(lengths) + 1) + "|"]
+    for opened in changed[0]["opened_after_training"]:
+        found = [
+            [row["opened_after_training"][opened][length]["accuracy"] for row in changed]
+            for length in lengths
+        ]
+        lines.append(f"| {opened} blocks opened | {' | '.join(map(cell, found))} |")
+    return "\n".join(lines)
+
+
+def agreement(rows: list[dict]) -> str:
+    """Accuracy by the kernels and by plain tensor operations, over the same texts at the trained length."""
+    pairs = [(row, row["accuracy_without_triton"]) for row in rows if "accuracy_without_triton" in row]
+    if not pairs:
+        return ""
+    worst = max(abs(next(iter(row["accuracy"].values()))["accuracy"] - other["accuracy"]) for row, other in pairs)  # fmt: skip
+    return (
+        f"Tested again without Triton kernels, {len(pairs)} models differ in accuracy by at most {worst:.4f}."
+    )
+
+
+def draw(rows: list[dict], names: list[str], lengths: list[str], setting: dict, path: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: no picture")
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    x = [int(n) for n in lengths]
+    for name in names:
+        found = [values(rows, name, n) for n in lengths]
+        (line,) = left.plot(x, [statistics.mean(f) for f in found], marker="o", markersize=4, label=name)
+        if len(found[0]) > 1:
+            left.fill_between(
+                x, [min(f) for f in found], [max(f) for f in found], color=line.get_color(), alpha=0.15
+            )
+    left.axvline(setting["length"], color="grey", linestyle=":")
+    left.set_xscale("log", base=2)
+    left.set_xlabel("tokens (dotted: the longest in training)")
+    left.set_ylabel("accuracy")
+    left.set_title(setting["task"])
+    left.legend(fontsize=7)
+    trained = [
+        (int(name.split("-")[1]), name) for name in names if name.startswith("opened-")
+    ]  # trained with as many
+    for length, style in ((lengths[0], "-"), (lengths[-1], "--")):
+        if trained:
+            means = [statistics.mean(values(rows, name, length)) for _, name in trained]
+            right.plot(
+                [k for k, _ in trained], means, style, marker="o", label=f"trained with k, {length} tokens"
+            )
+        changed = [row for row in rows if "opened_after_training" in row]
+        if changed:
+            budgets = list(changed[0]["opened_after_training"])
+            means = [
+                statistics.mean(
+                    row["opened_after_training"][k][length]["accuracy"] for row in changed
+                )
+                for k in budgets
+            ]  # fmt: skip
+            label = f"{changed[0]['model']} tested with k, {length} tokens"
+            right.plot([int(k) for k in budgets], means, style, marker="s", label=label)
+    right.set_xscale("log", base=2)
+    right.set_xlabel("blocks opened")
+    if right.lines:
+        right.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(report(Path(sys.argv[1])))

@@ -1,0 +1,102 @@
+"""The attentions that the experiments compare, in models of the same parameters and, per seed, the same initial weights.
+
+Every model is built as a hierarchical one. Where dilated or dense attention is wanted, each layer keeps its parameters (the
+convolution on keys included; what only a tree can use lies idle) and another operation joins queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from longnet import DilatedPattern, HierarchicalPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
+from longnet.attention.hierarchical import unsupported
+from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
+from longnet.model.layers import apply_rotary
+
+# exp(-10000) is 0 in every dtype: summaries with this bias have no weight, whatever they score.
+NEVER = -1e4
+# One segment that no text outgrows: dense attention.
+EVERYTHING = 2**31
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An attention: a tree, or a dilated pattern if one is given.
+
+    turned: rotary positions (dilated and dense); summaries: False leaves of a tree only its window.
+    """
+
+    name: str
+    tree: HierarchicalPattern
+    dilated: DilatedPattern | None = None
+    turned: bool = True
+    summaries: bool = True
+
+    def keys_share(self, tokens: int, heads: int) -> float:
+        """Keys and summaries in the softmax of the last token, as a share of the text (dilated: the mean, against dense)."""
+        if self.dilated is not None:
+            return self.dilated.visible_pairs(tokens, heads) / (heads * tokens * (tokens + 1) / 2)
+        if not self.summaries:
+            begin = self.tree.cover((tokens - 1) // self.tree.block, tokens).local[0]
+            return (tokens - begin) / tokens
+        return self.tree.keys_per_query(tokens)[1] / tokens
+
+    def path(self, device: str, heads: int, width: int, tokens: int) -> str:
+        """Which implementation runs: on CUDA in bfloat16, elsewhere in float32."""
+        if self.dilated is not None:
+            return "library attention"
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        q = torch.empty(1, 1, heads, width, device=device, dtype=dtype).expand(-1, tokens, -1, -1)
+        reason = unsupported(q, q, self.tree, True)
+        return "triton" if reason is None else f"torch: {reason}"
+
+
+def dense(name: str, tree: HierarchicalPattern, turned: bool = True) -> Variant:
+    return Variant(name, tree, DilatedPattern((EVERYTHING,), (1,)), turned)
+
+
+class LongNetPlainAttention(LongNetHierarchicalAttention):
+    """A hierarchical layer's parameters around dilated attention: the same projections, norms and convolution on keys."""
+
+    def __init__(
+        self, config: LongNetConfig, layer_index: int, pattern: DilatedPattern, turned: bool
+    ) -> None:
+        super().__init__(config, layer_index)
+        self.dilated, self.turned = pattern, turned
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lengths: Tensor | None = None,
+        cache: object = None,
+        start: int = 0,
+    ) -> Tensor:
+        if cache is not None or start:
+            raise ValueError("expected a whole text without a cache: this layer exists to be compared")
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, None)).to(v.dtype)
+        if self.turned:
+            q, k = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
+        out = dilated_attention(q, k, v, self.dilated, causal=self.causal, lengths=lengths).out
+        return self.o_proj(out.flatten(2))
+
+
+def build(variant: Variant, seed: int, **size: object) -> LongNetForCausalLM:
+    """A model of `size` (fields of LongNetConfig) with this attention; weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    config = LongNetConfig(attention="hierarchical", hierarchical=asdict(variant.tree), **size)  # type: ignore[arg-type]
+    model = LongNetForCausalLM(config)
+    for index, layer in enumerate(model.model.layers):
+        if variant.dilated is not None:
+            plain = LongNetPlainAttention(config, index, variant.dilated, variant.turned)
+            plain.load_state_dict(layer.attention.state_dict())
+            layer.attention = plain
+        elif not variant.summaries:
+            torch.nn.init.constant_(layer.attention.level_bias, NEVER)
+            layer.attention.level_bias.requires_grad_(False)
+    return model

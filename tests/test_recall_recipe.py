@@ -1,0 +1,206 @@
+"""The recall experiment: its texts can be answered, its models are comparable, and a stopped grid goes on."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longnet.attention import hierarchical
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+LENGTHS = (128, 256, 1024)
+
+
+@pytest.fixture(autouse=True)
+def _recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+def solve_pairs(ids, place):
+    """The value that follows the key anywhere before."""
+    tasks, key = load("recall_tasks"), int(ids[place])
+    found = [i for i in range(place) if ids[i] == key and tasks.VALUES <= ids[i + 1] < tasks.KEYS]
+    return int(ids[found[0] + 1])
+
+
+def solve_passkey(ids, place):
+    tasks = load("recall_tasks")
+    begin = max(i for i in range(place + 1) if ids[i] >= tasks.KEYS)
+    first = int((ids == ids[begin]).nonzero()[0])
+    return int(ids[first + 1 + place - begin])
+
+
+def solve_copy(ids, place):
+    tasks = load("recall_tasks")
+    ask = int((ids == tasks.ASK).nonzero()[0])
+    mark = int((ids == tasks.MARK).nonzero()[0])
+    items = [int(x) for x in ids[mark + 1 : ask] if x >= tasks.VALUES]
+    assert len(items) == len(set(items)) == tasks.ITEMS
+    return items[place - ask]
+
+
+SOLVERS = {"recall": solve_pairs, "haystack": solve_pairs, "passkey": solve_passkey, "copy": solve_copy}
+
+
+@pytest.mark.parametrize("task", SOLVERS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_rule_that_reads_only_the_past_answers_every_question(task, length):
+    batch = load("recall_tasks").TASKS[task](2, length, torch.Generator().manual_seed(length))
+    assert batch.ids.shape == (2, length)
+    assert batch.places.shape == batch.answers.shape
+    for ids, places, answers in zip(*batch, strict=True):
+        assert len(set(places.tolist())) == len(places)
+        got = [SOLVERS[task](ids[: place + 1] if task != "copy" else ids, place) for place in places.tolist()]
+        assert got == answers.tolist()
+
+
+def test_the_needles_of_a_haystack_grow_and_those_of_recall_do_not():
+    tasks = load("recall_tasks")
+    for task, pairs in (("recall", (8, 32, 32)), ("haystack", (8, 64, 256))):
+        for length, expected in zip((128, 1024, 4096), pairs, strict=True):
+            ids = tasks.TASKS[task](1, length, torch.Generator().manual_seed(0)).ids[0, : length // 2]
+            assert int((ids >= tasks.KEYS).sum()) == expected
+
+
+def test_all_models_have_the_same_parameters_and_begin_alike():
+    recall, variants = load("recall"), load("variants")
+    first = None
+    for variant in recall.variants().values():
+        model = variants.build(variant, 0, **recall.SIZE)
+        weights = {n: p for n, p in model.state_dict().items() if not n.endswith("level_bias")}
+        first = first or weights
+        assert weights.keys() == first.keys()
+        assert all(torch.equal(weights[n], first[n]) for n in weights)
+        assert sum(p.numel() for p in model.parameters()) == model.config.num_parameters()
+
+
+def seen_from_the_end(name, length=256):
+    """Which first-layer inputs the last token's attention depends on: (length,) bool."""
+    recall, variants = load("recall"), load("variants")
+    from longnet.model.layers import rotary_angles
+
+    model = variants.build(recall.variants()[name], 0, **recall.SIZE)
+    layer = model.model.layers[0].attention
+    hidden = torch.randn(1, length, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    rotary = rotary_angles(torch.arange(length)[None], 32, 10_000.0)
+    layer(hidden, rotary)[0, -1].sum().backward()
+    return hidden.grad[0].abs().amax(1) > 0
+
+
+def test_what_each_variant_sees():
+    window = torch.arange(256) >= 256 - 32
+    assert torch.equal(seen_from_the_end("local"), window)
+    assert seen_from_the_end("dense").all()
+    assert seen_from_the_end("dense, no angles").all()
+    assert seen_from_the_end("summaries").all()
+    assert seen_from_the_end("opened-4").all()
+    dilated = seen_from_the_end("dilated")
+    assert dilated[-64:].all()
+    assert 0 < dilated[:-64].sum() < 192
+
+
+def test_only_angles_tell_a_dense_model_where_a_key_lies():
+    """The layer's norms and convolution are in use, and `turned` is what differs."""
+    recall, variants = load("recall"), load("variants")
+    models = [
+        variants.build(recall.variants()[name], 3, **recall.SIZE) for name in ("dense", "dense, no angles")
+    ]
+    ids = torch.randint(4, 60, (1, 40), generator=torch.Generator().manual_seed(2))
+    swapped = ids[:, [*range(10, 20), *range(10), *range(20, 40)]]
+    for model, same in zip(models, (False, True), strict=True):
+        layer = model.model.layers[0].attention
+        from longnet.model.layers import rotary_angles
+
+        rotary = rotary_angles(torch.arange(40)[None], 32, 10_000.0)
+        embedded = [model.model.embed_tokens(x) for x in (ids, swapped)]
+        a, b = (layer(x, rotary)[0, -1] for x in embedded)
+        assert torch.allclose(a, b, atol=1e-6) == same
+        with torch.no_grad():
+            layer.key_conv.fill_(0.3)
+        assert not torch.allclose(layer(embedded[0], rotary)[0, -1], a, atol=1e-4)
+
+
+def test_the_kernels_take_every_tree_on_a_gpu(monkeypatch):
+    """Only the device is pretended: the rules about patterns and dtypes are the operation's own."""
+    recall = load("recall")
+    monkeypatch.setattr(hierarchical, "has_triton", lambda: True)
+    width = recall.SIZE["hidden_size"] // recall.SIZE["num_attention_heads"]
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1024, 4, width))
+    for variant in recall.variants().values():
+        assert hierarchical.unsupported(q, q, variant.tree, True) is None
+    assert recall.variants()["opened-4"].keys_share(1024, 4) < 0.15
+    assert recall.variants()["opened-4"].path("cpu", 4, width, 64).startswith("torch: it needs a CUDA")
+
+
+OPTIONS = [
+    "--length",
+    128,
+    "--doublings",
+    1,
+    "--steps",
+    2,
+    "--tokens",
+    256,
+    "--texts",
+    2,
+    "--device",
+    "cpu",
+    "--workers",
+    0,
+]
+
+
+@pytest.fixture
+def recipe(monkeypatch, capsys):
+    def run(out, *more):
+        arguments = ["recall", "--task", "recall", "--out", out, *OPTIONS, *more]
+        monkeypatch.setattr(sys, "argv", [str(x) for x in arguments])
+        load("recall").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_grid_that_was_stopped_goes_on(recipe, tmp_path):
+    some = ("--models", "dense", "opened-4", "--seeds", 0)
+    assert "2 runs were left out" in recipe(tmp_path, *some, "--budget-seconds", -1)
+    recipe(tmp_path, "--models", "dense", "--seeds", 0)
+    first = json.loads((tmp_path / "recall.json").read_text())["rows"]
+    out = recipe(tmp_path, *some)
+    rows = json.loads((tmp_path / "recall.json").read_text())["rows"]
+    assert rows[:1] == first  # not run again
+    assert [row["model"] for row in rows] == ["dense", "opened-4"]
+    assert list(rows[1]["accuracy"]) == ["128", "256"]
+    assert list(rows[1]["opened_after_training"]) == ["1", "2", "4", "8", "16"]
+    assert rows[1]["opened_after_training"]["4"] == rows[1]["accuracy"]
+    assert rows[1]["accuracy"]["128"]["asked"] == 2 * 16
+    assert (tmp_path / "recall.md").read_text() in out
+    assert (tmp_path / "recall.png").stat().st_size > 1000
+
+
+def test_results_of_another_setting_are_not_mixed_in(recipe, tmp_path):
+    recipe(tmp_path, "--models", "local", "--seeds", 0)
+    with pytest.raises(ValueError, match="same setting"):
+        recipe(tmp_path, "--models", "local", "--seeds", 0, "--learning-rate", 1e-3)
+
+
+def test_lengths_that_cannot_be(recipe, tmp_path):
+    with pytest.raises(ValueError, match="power of two"):
+        recipe(tmp_path, "--length", 100)
+
+
+def test_runs_are_repeatable():
+    recall = load("recall")
+    fields = {"task": "recall", "length": 128, "doublings": 0, "steps": 8, "tokens": 512}
+    setting = recall.Setting(**fields, learning_rate=5e-3, texts=2, device="cpu", path=None)
+    results = [recall.run("local", 0, setting, float("inf")) for _ in range(2)]
+    assert results[0]["curve"] == results[1]["curve"]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
