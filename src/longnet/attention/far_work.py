@@ -109,13 +109,19 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
     return tile | {"num_warps": warps, "num_stages": stages if dtype != torch.float32 else 1}
 
 
-def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+# (warps, stages) of the kernels over tiles of tokens.
+FAR_TILES = {"score": (4, 2), "attend": (4, 2), "dq": (4, 2)}
+
+
+def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
     """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
-    heads = triton.next_power_of_2(shape.group)
+    warps, stages = FAR_TILES[kernel]
     return tile_of(shape, dtype) | {
-        "GP": heads,
+        "GP": triton.next_power_of_2(shape.group),
         "T": tokens_per_tile(shape.group),
         "BC": 64 if dtype != torch.float32 else 16,
+        "num_warps": warps,
+        "num_stages": stages,
         **cover_constants(geometry),
     }
 

@@ -127,7 +127,7 @@ def forward(
         opened_forward.far_attend[tables.grid](
             q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_lse,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, num_warps=4, num_stages=2, **far_tile(shape, geometry, q.dtype),
+            TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
     return out, lse, routes
 
@@ -144,7 +144,7 @@ def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tabl
         routing.score[tables.grid](
             q, kbar, entropy, offsets, routes.opened, *table, scores, *strides(q), shape.tokens, kbar.shape[1],
             shape.key_heads, geometry.levels, level, scale, chunk.first, tables.most, places,
-            num_warps=4, num_stages=2, **budget, **far_tile(shape, geometry, q.dtype),
+            **budget, **far_tile(shape, geometry, q.dtype, "score"),
         )  # fmt: skip
         routing.select[(chunk.tokens, shape.pairs)](
             scores, *routes, shape.tokens, geometry.levels, level, chunk.first, places,

@@ -226,7 +226,7 @@ class _Far(NamedTuple):
             tables.united, tables.sizes, tables.kept, part, part_score, part_mix, self.dout, self.lse, self.delta,
             dq, dbias, dmix, *strides(self.q), shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads,
             geometry.levels, self.scale, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, num_warps=4, num_stages=2, **far_tile(shape, geometry, self.q.dtype),
+            TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, self.q.dtype, "dq"),
         )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Opened leaf blocks, ordered by block: a program holds one leaf and walks over the tokens that opened it.
 
-A token reads K and V of every block it opened: 4 BLOCK D bytes a place in bf16. Ordered by block they are read once, and
-what moves instead is the readers' rows, 4 D G bytes a place, and the rows of a
-tile are (reader, head of the group), full whatever the group. The results go to a buffer of one chunk of tokens and are joined
-per token in the order of its places: no atomics.
+Token by token, K and V of every opened block are read again: 4 BLOCK D bytes a place in 16 bits, for the few rows of one
+group. By block they are read once; what moves instead is 4 D G bytes a place (a query row in, a result out), and the rows of a
+product are (reader, head of the group), full whatever the group. The results go to a buffer of one chunk of tokens and are
+joined per token in the order of its places: no atomics.
 """
 
 from __future__ import annotations
