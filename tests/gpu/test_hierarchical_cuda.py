@@ -130,6 +130,41 @@ def test_kernels_against_a_dense_softmax(tokens, heads, key_heads, width, patter
     assert all(torch.equal(a, b) for a, b in zip(found, again[3], strict=True))
 
 
+def test_chunks_of_the_leaf_buffer_change_nothing(monkeypatch):
+    from longnet.attention import far_work
+
+    q, k, v = random(1, 3001, 6, 64), random(1, 3001, 2, 64, seed=1), random(1, 3001, 2, 64, seed=2)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for size in (2**30, 2**21):
+        monkeypatch.setattr(far_work, "CHUNK_BYTES", size)
+        out, lse = hierarchical_attention(*inputs, HierarchicalPattern(radix=8), impl="triton")
+        results.append((out, lse, torch.autograd.grad((out.float() ** 2).sum(), inputs)))
+    (out, lse, whole), (again, lse_again, parts) = results
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    # sums over readers in another order
+    for a, b in zip(whole, parts, strict=True):
+        assert (a - b).float().norm() <= 5e-3 * a.float().norm()
+
+
+def test_pyramid_kernels_against_plain_torch():
+    from longnet.attention.pyramid import build_pyramid
+    from longnet.attention.pyramid_fused import build_pyramid_fused
+
+    k, v = (random(2, 5000, 2, 96, seed=i).requires_grad_() for i in (1, 2))
+    prior = (random(2, 96, dtype=torch.float32, seed=3) / 2).requires_grad_()
+    lengths = torch.tensor([5000, 1234], device="cuda")
+    results = []
+    for build in (build_pyramid_fused, build_pyramid):
+        kbar, vbar, mass, entropy, _ = build(k, v, prior, 96**-0.5, 64, 8, (78, 9, 1), lengths)
+        parts = [kbar.float(), vbar.float(), torch.where(torch.isfinite(mass), mass, 0), entropy]
+        loss = sum((x * random(*x.shape, dtype=torch.float32, seed=9)).sum() for x in parts)
+        results.append([*parts, *torch.autograd.grad(loss, (k, v, prior))])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).float().norm() <= 1e-2 * b.float().norm() + 1e-5
+
+
 def test_routes_agree_with_the_vectorised_path_in_single_precision():
     """Scores of bf16 inputs differ between the paths by fp32 rounding only: nearly all choices are the same."""
     pattern = HierarchicalPattern(radix=8, top_k=4, beam=8)

@@ -5,9 +5,10 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import hierarchical_fused
+from longnet.attention import far_work, hierarchical_fused
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.pyramid import build_pyramid
+from longnet.attention.pyramid_fused import build_pyramid_fused
 
 CASES = {
     # block 16 is the least that a tile may be; pattern, tokens, heads, key heads, width, beta
@@ -15,12 +16,16 @@ CASES = {
     "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 4, 2, 24, 0.3),
     "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 175, 2, 1, 16, 0.0),
     "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 167, 3, 1, 16, 1.0),
+    # two or three chunks of the buffer of opened leaves, and a group that is no power of two
+    "chunks": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 3, 1, 16, 0.7),
     "short": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 1, 2, 1, 16, 1.0),
 }
 
 
 def main(name: str) -> None:
     pattern, tokens, heads, key_heads, width, beta = CASES[name]
+    if name == "chunks":
+        far_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
     torch.manual_seed(0)
     shapes = [
         (1, tokens, heads, width),
@@ -41,8 +46,8 @@ def main(name: str) -> None:
                 q, k, v, q_local, k_local, pattern, True, scale, p, level_bias, router_mix
             )
         else:
-            sizes = pattern.node_counts(tokens)
-            pyramid = build_pyramid(k, v, p, scale, pattern.block, pattern.radix, sizes)
+            tree = (k, v, p, scale, pattern.block, pattern.radix, pattern.node_counts(tokens))
+            pyramid = build_pyramid_fused(*tree)
             out, lse = hierarchical_fused.attend(
                 q, k, v, q_local, k_local, pyramid, pattern, scale, level_bias, router_mix
             )
@@ -62,4 +67,42 @@ def main(name: str) -> None:
         assert error < 2e-5, f"{name}: {label} is off by {error:.1e}"
 
 
-main(sys.argv[1])
+PYRAMIDS = [
+    (117, 1, 2, True, None),
+    (300, 2, 2, True, [5, 290]),
+    (300, 2, 1, False, [300, 77]),
+    (9, 1, 1, True, None),
+]
+
+
+def pyramids() -> None:
+    """Every output and gradient of the pooling kernels, with sequences of unequal length, against plain torch."""
+    torch.manual_seed(0)
+    for tokens, batch, key_heads, prior, lengths in PYRAMIDS:
+        sizes = tuple(tokens // n for n in (16, 64, 256))
+        k, v = (torch.randn(batch, tokens, key_heads, 24, requires_grad=True) for _ in "kv")
+        p = torch.randn(key_heads, 24, requires_grad=True) if prior else None
+        inputs = [x for x in (k, v, p) if x is not None]
+        valid = None if lengths is None else torch.tensor(lengths)
+        if valid is not None:
+            # What lies beyond a sequence may be anything.
+            k, v = (
+                torch.where((torch.arange(tokens) < valid[:, None])[..., None, None], x, 1e3) for x in (k, v)
+            )
+        results = []
+        for build in (build_pyramid_fused, build_pyramid):
+            kbar, vbar, mass, entropy, _ = build(k, v, p, 0.3, 16, 4, sizes, valid)
+            finite = torch.isfinite(mass)
+            parts = [kbar, vbar, torch.where(finite, mass, 0), entropy]
+            g = torch.Generator().manual_seed(1)
+            loss = sum((x * torch.randn(x.shape, generator=g)).sum() for x in parts)
+            found = torch.autograd.grad(loss, inputs, retain_graph=True)
+            results.append([finite.float(), *parts, *found])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+if sys.argv[1] == "pyramids":
+    pyramids()
+else:
+    main(sys.argv[1])

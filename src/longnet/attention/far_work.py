@@ -1,0 +1,297 @@
+"""Integers behind the Triton launches of hierarchical attention: shapes, tiles, work items, tables of columns."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from longnet.kernels import routing
+from longnet.patterns import HierarchicalPattern
+
+# Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
+READERS = 1024
+
+# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
+CHUNK_BYTES = 2**30
+
+
+class Routes(NamedTuple):
+    """What every token opened. opened (B, K, N, levels, width) int32, -1 filled; the others are bit masks of the same choice."""
+
+    opened: Tensor
+    base_bits: Tensor
+    child_bits: Tensor
+
+
+class Geometry(NamedTuple):
+    """The integers of a pattern at one length, as the kernels want them."""
+
+    block: int
+    radix: int
+    window: int
+    guard: int
+    top_k: int
+    beam: int
+    levels: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pattern: HierarchicalPattern, num_tokens: int) -> Geometry:
+        sizes = pattern.node_counts(num_tokens)
+        budget = (pattern.window_blocks, pattern.guard, pattern.top_k, pattern.opened(1), len(sizes))
+        return cls(pattern.block, pattern.radix, *budget, sizes)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return tuple(np.cumsum((0, *self.sizes)).tolist())
+
+    @property
+    def width(self) -> int:
+        """Places per level in the table of opened nodes."""
+        return max(self.top_k, self.beam)
+
+    @property
+    def listed(self) -> int:
+        """Room for the longest list of a level, a power of two."""
+        return max(16, triton.next_power_of_2(self.radix * (self.guard + 1) - 1))
+
+
+class Shape(NamedTuple):
+    batch: int
+    tokens: int
+    heads: int
+    key_heads: int
+    width: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.key_heads
+
+    @property
+    def pairs(self) -> int:
+        return self.batch * self.key_heads
+
+
+def shape_of(q: Tensor, k: Tensor) -> Shape:
+    return Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def tile_of(shape: Shape, dtype: torch.dtype) -> dict:
+    return {
+        "G": shape.group,
+        "D": shape.width,
+        "BD": max(16, triton.next_power_of_2(shape.width)),
+        "PREC": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+# (heads per program, warps, stages) by kernel, for even groups and for others: the best of a sweep on an H200 (docs/log.md).
+COVER_TILES = {
+    "forward": ((2, 4, 2), (1, 4, 3)),
+    "dq": ((2, 8, 3), (1, 4, 2)),
+    "dkv": ((1, 4, 2), (1, 4, 2)),
+}
+
+
+def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
+    even = shape.group % 2 == 0 and dtype != torch.float32
+    heads, warps, stages = COVER_TILES[kernel][0 if even else 1]
+    tile = tile_of(shape, dtype) | {"HG": heads, "BLOCK": geometry.block, "WINDOW": geometry.window}
+    return tile | {"num_warps": warps, "num_stages": stages if dtype != torch.float32 else 1}
+
+
+# (warps, stages) of the kernels over tiles of tokens.
+FAR_TILES = {"score": (4, 2), "attend": (4, 2), "dq": (4, 2)}
+
+
+def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
+    """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
+    warps, stages = FAR_TILES[kernel]
+    return tile_of(shape, dtype) | {
+        "GP": triton.next_power_of_2(shape.group),
+        "T": tokens_per_tile(shape.group),
+        "BC": 64 if dtype != torch.float32 else 16,
+        "num_warps": warps,
+        "num_stages": stages,
+        **cover_constants(geometry),
+    }
+
+
+# (rows, warps, stages) of the kernels over the readers of a leaf.
+LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 1)}
+
+
+def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
+    rows, warps, stages = LEAF_TILES[kernel]
+    if dtype == torch.float32:
+        rows, stages = 32, 1
+    return tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+
+
+def cover_constants(geometry: Geometry) -> dict:
+    return {
+        "BLOCK": geometry.block,
+        "RADIX": geometry.radix,
+        "WINDOW": geometry.window,
+        "GUARD": geometry.guard,
+    }
+
+
+def tokens_per_tile(group: int) -> int:
+    """64 rows where the group allows, no more than 16 tokens: what they open differs."""
+    return min(16, max(1, 64 // triton.next_power_of_2(group)))
+
+
+class Chunk(NamedTuple):
+    """Tokens [first, first + tiles * tile) of all sequences, whose opened leaves are attended to together."""
+
+    first: int
+    tiles: int
+    tile: int
+
+    @property
+    def tokens(self) -> int:
+        return self.tiles * self.tile
+
+
+def chunks(shape: Shape, geometry: Geometry, element_size: int) -> list[Chunk]:
+    """The sequence in chunks of whole blocks whose places' results fit in CHUNK_BYTES; none where nothing is far."""
+    tile = tokens_per_tile(shape.group)
+    token = shape.batch * shape.heads * geometry.top_k * shape.width * element_size
+    size = max(1, CHUNK_BYTES // token // geometry.block) * geometry.block
+    begin = geometry.window * geometry.block
+    return [
+        Chunk(first, triton.cdiv(min(size, shape.tokens - first), tile), tile)
+        for first in range(begin, shape.tokens, size)
+    ]
+
+
+class Tables:
+    """Columns of a chunk's tiles: `united`, `sizes`, `members`, `places`, `kept` of `kernels.routing`, per level."""
+
+    def __init__(self, shape: Shape, geometry: Geometry, chunk: Chunk, device: torch.device) -> None:
+        self.shape, self.geometry, self.chunk = shape, geometry, chunk
+        above = max((0, *geometry.sizes[1:]))
+        self.most = max(1, min(chunk.tile * geometry.beam, above))
+        self.columns = self.most * geometry.radix + geometry.listed
+        lead = (geometry.levels, shape.pairs, chunk.tiles)
+        whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
+        self.united, self.members = whole(*lead, self.most), whole(*lead, self.most)
+        self.sizes, self.kept = (
+            torch.zeros(lead, dtype=torch.int32, device=device),
+            whole(*lead, self.columns),
+        )
+        self.places = torch.full((*lead, self.most, chunk.tile), -1, dtype=torch.int16, device=device)
+        self.scratch = torch.empty(*lead[1:], chunk.tile * geometry.beam, dtype=torch.int64, device=device)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.chunk.tiles, self.shape.pairs
+
+    def unite(self, routes: Routes, level: int) -> None:
+        """The columns below `level`, from what the tokens opened at it."""
+        at = level - 1
+        routing.unite[self.grid](
+            routes.opened, self.scratch, self.united[at], self.members[at], self.places[at], self.sizes[at],
+            self.shape.tokens, self.geometry.levels, level, self.chunk.first, self.most,
+            T=self.chunk.tile, BEAM=self.geometry.beam, WIDTH=self.geometry.width, num_warps=2,
+        )  # fmt: skip
+
+    def mark(self, routes: Routes) -> None:
+        """Which columns stay summaries."""
+        geometry = self.geometry
+        for level in range(geometry.levels):
+            routing.mark[self.grid](
+                routes.base_bits, routes.child_bits, self.places[level], self.sizes[level], self.kept[level],
+                self.shape.tokens, geometry.levels, level, self.chunk.first, self.most, self.columns,
+                T=self.chunk.tile, BC=128, BEAM=geometry.beam, num_warps=4, **cover_constants(geometry),
+            )  # fmt: skip
+
+    @classmethod
+    def of(cls, routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk) -> Tables:
+        tables = cls(shape, geometry, chunk, routes.opened.device)
+        for level in range(1, geometry.levels):
+            tables.unite(routes, level)
+        tables.mark(routes)
+        return tables
+
+
+def leaf_items(
+    routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sorted_items` of a chunk's opened leaves; positions count in (pairs, chunk.tokens, top_k)."""
+    opened = routes.opened[:, :, chunk.first : chunk.first + chunk.tokens, 0, : geometry.top_k]
+    missing = chunk.tokens - opened.shape[2]
+    if missing:
+        opened = torch.nn.functional.pad(opened, (0, 0, 0, missing), value=-1)
+    return sorted_items(opened, geometry.sizes[0])
+
+
+def sorted_items(opened: Tensor, nodes: int, readers: int = READERS) -> tuple[Tensor, Tensor, Tensor]:
+    """Readers by node: (order, items, first item of every node), all on the device, without a synchronisation.
+
+    opened (B, K, N, places): node or -1. order: flat positions in `opened`, stably sorted by node. items (., 3) int64:
+    node numbered through all pairs (-1: no work), first and last position in `order`.
+    """
+    batch, key_heads = opened.shape[:2]
+    groups = batch * key_heads * nodes
+    pair = torch.arange(batch * key_heads, dtype=torch.int32, device=opened.device).view(
+        batch, key_heads, 1, 1
+    )
+    keys = torch.where(opened >= 0, pair * nodes + opened, groups).flatten()
+    keys, order = torch.sort(keys, stable=True)
+    border = torch.searchsorted(keys, torch.arange(groups + 1, dtype=keys.dtype, device=keys.device))
+    per_node = (border.diff() + readers - 1) // readers
+    first_item = torch.cat((border.new_zeros(1), per_node.cumsum(0)))
+    item = torch.arange(groups + opened.numel() // readers, device=keys.device)
+    node = torch.searchsorted(first_item, item, right=True) - 1
+    some = item < first_item[-1]
+    node = torch.where(some, node, 0)
+    begin = border[node] + (item - first_item[node]) * readers
+    end = torch.minimum(begin + readers, border[node + 1])
+    return order, torch.stack((torch.where(some, node, -1), begin, end), 1), first_item
+
+
+@functools.lru_cache(maxsize=64)
+def offsets_of(geometry: Geometry, device: torch.device) -> Tensor:
+    return torch.tensor(geometry.offsets, dtype=torch.int32, device=device)
+
+
+def empty_routes(shape: Shape, geometry: Geometry, device: torch.device) -> Routes:
+    lead = (shape.batch, shape.key_heads, shape.tokens, geometry.levels)
+    # Tokens without a far context open nothing, and their programs write nothing.
+    opened = torch.full((*lead, geometry.width), -1, dtype=torch.int32, device=device)
+    bits = torch.zeros(lead, dtype=torch.int32, device=device)
+    return Routes(opened, bits, torch.zeros((*lead, geometry.beam), dtype=torch.int32, device=device))
+
+
+@functools.lru_cache(maxsize=64)
+def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Work items (0, group of siblings, first token, last token) of a level's lists, and the first item of every group."""
+    block, radix = geometry.block, geometry.radix
+    blocks = -(-tokens // block)
+    hi = np.maximum(0, np.arange(blocks) - geometry.window + 1)
+    lo = hi
+    for at in range(level + 1):
+        if at:
+            hi = lo // radix
+        lo = radix * np.maximum(0, hi // radix - geometry.guard)
+        if at == geometry.levels - 1:
+            lo = np.zeros_like(hi)
+    groups = -(-geometry.sizes[level] // radix)
+    rows, first = [], [0]
+    for group in range(groups):
+        begin = int(np.searchsorted(hi, group * radix, side="right")) * block
+        end = min(tokens, int(np.searchsorted(lo, (group + 1) * radix, side="left")) * block)
+        rows += [(0, group, at, min(at + readers, end)) for at in range(begin, end, readers)]
+        first.append(len(rows))
+    return np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(first, dtype=np.int64)

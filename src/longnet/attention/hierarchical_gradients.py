@@ -1,0 +1,238 @@
+"""Gradients of hierarchical attention: of queries per tile of tokens, of keys, values and summaries per node."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from longnet.attention.far_work import (
+    READERS,
+    Geometry,
+    Routes,
+    Shape,
+    Tables,
+    chunks,
+    cover_tile,
+    far_tile,
+    leaf_items,
+    leaf_tile,
+    listed_items,
+    offsets_of,
+    shape_of,
+    sorted_items,
+    strides,
+    tile_of,
+)
+from longnet.kernels import cover, leaves, opened_backward
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_local: Tensor,
+    k_local: Tensor,
+    kbar: Tensor,
+    vbar: Tensor,
+    entropy: Tensor,
+    level_bias: Tensor,
+    router_mix: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    routes: Routes | None,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order."""
+    shape = shape_of(q, k)
+    dout = dout.contiguous()
+    delta = cover.row_dot(dout, out, dlse)
+    offsets = offsets_of(geometry, q.device)
+    sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
+    dq, dq_local = torch.zeros_like(q, memory_format=torch.contiguous_format), _like(q)
+    dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
+    dmix = torch.zeros(shape.batch, shape.tokens, shape.heads, device=q.device)
+    tile = cover_tile(shape, geometry, q.dtype, "dq")
+    blocks = -(-shape.tokens // geometry.block)
+    opening = routes is not None
+    cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
+        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
+        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
+        BN=64, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+    )  # fmt: skip
+    dk_local, dv = _like(k), torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
+    tile = cover_tile(shape, geometry, q.dtype, "dkv")
+    cover.window_dkv[(blocks, shape.key_heads, shape.batch)](
+        q_local, k_local, v, dout, lse, delta, dk_local, dv,
+        *strides(q_local), *strides(k_local), *strides(v), shape.tokens, shape.heads, shape.key_heads, scale, **tile,
+    )  # fmt: skip
+    far = _Far(
+        shape,
+        geometry,
+        scale,
+        q,
+        k,
+        v,
+        kbar,
+        vbar,
+        entropy,
+        level_bias,
+        router_mix,
+        offsets,
+        dout,
+        lse,
+        delta,
+    )
+    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    dnodes = far.listed(routes)
+    if routes is not None:
+        for level in range(geometry.levels - 1):
+            far.children(routes, level, dnodes)
+        dk = far.opened(routes, dq, dbias, dmix, dv, dnodes)
+    dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
+    return (
+        dq, dk, dv.to(v.dtype), dq_local, dk_local, dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0],
+        dbias.sum((0, 1)), dmix.sum((0, 1)),
+    )  # fmt: skip
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _Far(NamedTuple):
+    """The tensors that the node-major gradient kernels share."""
+
+    shape: Shape
+    geometry: Geometry
+    scale: float
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kbar: Tensor
+    vbar: Tensor
+    entropy: Tensor
+    level_bias: Tensor
+    router_mix: Tensor
+    offsets: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def listed(self, routes: Routes | None) -> Tensor:
+        """Gradients of all nodes from the queries that list them: (B, nodes, K, 2 D + 1) fp32."""
+        shape, geometry = self.shape, self.geometry
+        result = torch.zeros(
+            shape.batch, self.kbar.shape[1], shape.key_heads, 2 * shape.width + 1, device=self.q.device
+        )
+        for level in range(geometry.levels):
+            table, first = listed_items(geometry, shape.tokens, level, READERS * 16 // max(1, shape.group))
+            if not len(table):
+                continue
+            items = torch.from_numpy(table).to(self.q.device)
+            groups = len(first) - 1
+            pairs = torch.arange(shape.pairs, device=self.q.device)
+            items = items.expand(shape.pairs, -1, -1).clone()
+            items[:, :, 0] = pairs[:, None]
+            first_item = torch.from_numpy(first).to(self.q.device)[None, :-1] + pairs[:, None] * len(table)
+            first_item = torch.cat((first_item.flatten(), first_item.new_tensor([shape.pairs * len(table)])))
+            self._add_nodes(result, level, groups, items.flatten(0, 1), first_item, None, routes)
+        return result
+
+    def children(self, routes: Routes, level: int, result: Tensor) -> None:
+        """Add the gradients of the children at `level` from the tokens that opened their parent."""
+        geometry = self.geometry
+        parents = geometry.sizes[level + 1]
+        if not parents:
+            return
+        places = routes.opened[:, :, :, level + 1, : geometry.beam]
+        order, items, first_item = sorted_items(places, parents)
+        readers = order % (self.shape.tokens * geometry.beam)
+        pair = torch.where(items[:, 0] >= 0, items[:, 0] // parents, -1)
+        items = torch.stack((pair, items[:, 0] % parents, items[:, 1], items[:, 2]), 1)
+        self._add_nodes(result, level, parents, items, first_item, readers, routes)
+
+    def _add_nodes(self, result, level, groups, items, first_item, readers, routes) -> None:
+        shape, geometry = self.shape, self.geometry
+        width = geometry.radix * (2 * shape.width + 1)
+        partial = torch.empty(len(items), width, device=self.q.device)
+        nothing = self.offsets
+        masks = routes or (nothing, nothing, nothing)
+        tile = tile_of(shape, self.q.dtype)
+        opened_backward.node_dkv[(len(items),)](
+            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, *masks,
+            nothing if readers is None else readers, items, self.dout, self.lse, self.delta, partial, *strides(self.q),
+            shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
+            BLOCK=geometry.block, RADIX=geometry.radix, RP=max(16, geometry.radix), WINDOW=geometry.window,
+            GUARD=geometry.guard, BEAM=geometry.beam, BM=64 if self.q.dtype != torch.float32 else 32,
+            LISTED=readers is None, MASKED=routes is not None, num_warps=4, num_stages=2, **tile,
+        )  # fmt: skip
+        total = torch.empty(shape.pairs * groups, width, device=self.q.device)
+        _sum(partial, first_item, total)
+        total = total.view(shape.batch, shape.key_heads, groups * geometry.radix, -1)
+        begin, size = geometry.offsets[level], geometry.sizes[level]
+        size = min(size, groups * geometry.radix)
+        result[:, begin : begin + size] += total[:, :, :size].transpose(1, 2)
+
+    def opened(
+        self, routes: Routes, dq: Tensor, dbias: Tensor, dmix: Tensor, dv: Tensor, dnodes: Tensor
+    ) -> Tensor:
+        """Gradients of the far queries into dq, dbias, dmix; through opened leaves: returns dk, adds to dv and to the nodes."""
+        shape, geometry = self.shape, self.geometry
+        leaves, block, width = geometry.sizes[0], geometry.block, shape.width
+        dkv = torch.zeros(shape.pairs * leaves, 2 * block * width, device=self.q.device)
+        dnode = torch.zeros(shape.pairs * leaves, width + 1, device=self.q.device)
+        for chunk in chunks(shape, geometry, self.q.element_size()):
+            self._chunk(routes, chunk, dq, dbias, dmix, dkv, dnode)
+        dkv = dkv.view(shape.batch, shape.key_heads, leaves, 2, block, width)
+        covered = leaves * block
+        dk = torch.zeros(
+            shape.batch, shape.tokens, shape.key_heads, width, dtype=self.k.dtype, device=self.q.device
+        )
+        dk[:, :covered] = dkv[:, :, :, 0].flatten(2, 3).transpose(1, 2).to(dk.dtype)
+        dv[:, :covered] += dkv[:, :, :, 1].flatten(2, 3).transpose(1, 2)
+        dnode = dnode.view(shape.batch, shape.key_heads, leaves, width + 1).transpose(1, 2)
+        dnodes[:, :leaves, :, :width] += dnode[..., :width]
+        dnodes[:, :leaves, :, -1] += dnode[..., -1]
+        return dk
+
+    def _chunk(self, routes, chunk, dq, dbias, dmix, dkv, dnode) -> None:
+        """The readers of one chunk of tokens: their dq, and what they add to every leaf."""
+        shape, geometry, device = self.shape, self.geometry, self.q.device
+        order, items, first_item = leaf_items(routes, shape, geometry, chunk)
+        lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
+        part = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)
+        part_score, part_mix = torch.empty(lead, device=device), torch.empty(lead, device=device)
+        item_dkv = torch.empty(len(items), dkv.shape[1], device=device)
+        item_dnode = torch.empty(len(items), dnode.shape[1], device=device)
+        summaries = (self.kbar, self.entropy, self.level_bias)
+        leaves.leaf_backward[(len(items),)](
+            self.q, self.k, self.v, *summaries, self.router_mix, order, items, self.dout, self.lse, self.delta,
+            part, part_score, part_mix, item_dkv, item_dnode,
+            *strides(self.q), *strides(self.k), *strides(self.v), shape.tokens, self.kbar.shape[1], geometry.sizes[0],
+            shape.heads, shape.key_heads, geometry.levels, chunk.first, chunk.tokens, self.scale,
+            BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, self.q.dtype, "backward"),
+        )  # fmt: skip
+        _sum(item_dkv, first_item, dkv, add=True)
+        _sum(item_dnode, first_item, dnode, add=True)
+        tables = Tables.of(routes, shape, geometry, chunk)
+        opened_backward.far_dq[tables.grid](
+            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, routes.opened,
+            tables.united, tables.sizes, tables.kept, part, part_score, part_mix, self.dout, self.lse, self.delta,
+            dq, dbias, dmix, *strides(self.q), shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads,
+            geometry.levels, self.scale, chunk.first, tables.most, tables.columns,
+            TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, self.q.dtype, "dq"),
+        )  # fmt: skip
+
+
+def _sum(partial: Tensor, first_item: Tensor, total: Tensor, add: bool = False) -> None:
+    width = total.shape[1]
+    block = min(1024, triton.next_power_of_2(width))
+    opened_backward.sum_items[(len(total), triton.cdiv(width, block))](
+        partial, first_item, total, width, BW=block, ADD=add
+    )

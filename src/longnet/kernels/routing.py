@@ -1,0 +1,233 @@
+"""Relevance: every token scores the summaries it can see and opens the best.
+
+A tile is T consecutive tokens of one block with all query heads of one key head. What its tokens see at a level are the
+tile's *columns*: the children of every node that any of them opened one level up (the union, ascending), then the listed
+nodes, which they share. A column's summary is read once for the tile; a bit per token says who sees it. A token's own
+candidates keep their order: the children of the nodes it opened, by place, then the listed nodes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from longnet.kernels.cover import list_of_level
+
+
+@triton.jit
+def load_rows(base, index, ok, stride, d, D: tl.constexpr):
+    """Rows `index` of a matrix with unit last stride, zero where not ok: (len(index), len(d))."""
+    return tl.load(
+        base + index.to(tl.int64)[:, None] * stride + d[None, :], ok[:, None] & (d < D)[None, :], 0.0
+    )
+
+
+@triton.jit
+def count_opened(opened_above, level, levels, BEAM: tl.constexpr):
+    """How many nodes were opened one level up; lists are filled from the front."""
+    above = tl.load(opened_above + tl.arange(0, BEAM), (tl.arange(0, BEAM) >= 0) & (level < levels - 1), -1)
+    return tl.sum((above >= 0).to(tl.int32), 0)
+
+
+@triton.jit
+def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
+    """Node number of column c."""
+    is_child = c < union_size * RADIX
+    parent = tl.load(united + c // RADIX, is_child, 0)
+    return tl.where(is_child, parent * RADIX + c % RADIX, lo + c - union_size * RADIX)
+
+
+@triton.jit
+def unite(
+    opened, scratch, united, members, places, sizes, num_tokens, levels, level, first_token, most,
+    T: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The nodes of a level that any token of a tile opened.
+
+    united (pairs, tiles, most) int32, ascending; sizes (pairs, tiles) int32; members (pairs, tiles, most) int32: bit t, token t
+    opened it; places (pairs, tiles, most, T) int16, -1 filled: at which place. scratch (pairs, tiles, T BEAM) int64.
+    """
+    E: tl.constexpr = T * BEAM
+    NOTHING: tl.constexpr = 1 << 60
+    pair = tl.program_id(1).to(tl.int64)
+    tile = pair * tl.num_programs(0) + tl.program_id(0)
+    e = tl.arange(0, E)
+    token = first_token + tl.program_id(0) * T + e // BEAM
+    at = ((pair * num_tokens + token) * levels + level) * WIDTH + e % BEAM
+    node = tl.load(opened + at, token < num_tokens, -1).to(tl.int64)
+    key = tl.sort(tl.where(node >= 0, node * E + e, NOTHING))
+    tl.store(scratch + tile * E + e, key)
+    tl.debug_barrier()
+    before = tl.load(scratch + tile * E + e - 1, e > 0, NOTHING)
+    some = key < NOTHING
+    new = some & (before // E != key // E)
+    u = tl.cumsum(new.to(tl.int32), 0) - 1
+    size = tl.sum(new.to(tl.int32), 0)
+    tl.store(united + tile * most + u, (key // E).to(tl.int32), new)
+    tl.store(sizes + tile, size)
+    entry = (key % E).to(tl.int32)
+    tl.store(places + (tile * most + u) * T + entry // BEAM, (entry % BEAM).to(tl.int16), some)
+    tl.debug_barrier()
+    bits = tl.zeros((E,), tl.int32)
+    for t in tl.static_range(T):
+        place = tl.load(places + (tile * most + e) * T + t, e < size, -1)
+        bits |= (place >= 0).to(tl.int32) << t
+    tl.store(members + tile * most + e, bits, e < size)
+
+
+@triton.jit
+def mark(
+    base_bits, child_bits, places, sizes, kept, num_tokens, levels, level, first_token, most, columns,
+    BLOCK: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
+    GUARD: tl.constexpr, BEAM: tl.constexpr,
+):  # fmt: skip
+    """kept (pairs, tiles, columns) int32, bit t: token t of the tile sees this column of the level and did not open it."""
+    pair = tl.program_id(1).to(tl.int64)
+    tile = pair * tl.num_programs(0) + tl.program_id(0)
+    t0 = first_token + tl.program_id(0) * T
+    lo, hi = list_of_level(tl.maximum(0, t0 // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
+    union_size = tl.load(sizes + tile, level < levels - 1, 0)
+    size = union_size * RADIX + hi - lo
+    for begin in range(0, size, BC):
+        c = begin + tl.arange(0, BC)
+        is_child = c < union_size * RADIX
+        listed = tl.where(is_child, 0, c - union_size * RADIX) & 31
+        bits = tl.zeros((BC,), tl.int32)
+        for t in tl.static_range(T):
+            inside = t0 + t < num_tokens
+            slot = (pair * num_tokens + t0 + t) * levels + level
+            place = tl.load(places + (tile * most + c // RADIX) * T + t, is_child & inside, -1).to(tl.int32)
+            word = tl.load(child_bits + slot * BEAM + place, place >= 0, -1)
+            word = tl.where(is_child, word >> (c % RADIX), tl.load(base_bits + slot, inside, -1) >> listed)
+            bits |= (1 - (word & 1)) << t
+        tl.store(kept + tile * columns + c, bits, c < size)
+
+
+@triton.jit
+def score(
+    q, kbar, entropy, offsets, opened, united, members, places, sizes, scores,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_key_heads, levels, level, scale, first_token, most, width,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
+    TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """scores (pairs, tiles T, width) fp32 of every token's candidates at a level: the mean over the group of their softmax.
+
+    A level's bias moves all logits of a head alike and so no score. Tokens with no more candidates than places open them
+    all: nobody asks for their scores.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    pair = tl.program_id(1).to(tl.int64)
+    tile = pair * tl.num_programs(0) + tl.program_id(0)
+    b = pair // num_key_heads
+    kh = pair % num_key_heads
+    t0 = first_token + tl.program_id(0) * T
+    first = tl.maximum(0, t0 // BLOCK - WINDOW + 1)
+    lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
+    above = opened + ((pair * num_tokens + t0) * levels + tl.minimum(level + 1, levels - 1)) * WIDTH
+    parents = count_opened(above, level, levels, BEAM)
+    if parents * RADIX + hi - lo > tl.where(level == 0, TOP_K, BEAM):
+        row = tl.arange(0, T * GP)
+        token = (t0 + row // GP).to(tl.int64)
+        head = kh * G + row % GP
+        row_ok = (row % GP < G) & (token < num_tokens)
+        d = tl.arange(0, BD)
+        at_q = b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :]
+        qt = tl.load(q + at_q, row_ok[:, None] & (d < D)[None, :], 0.0)
+        union_size = tl.load(sizes + tile, level < levels - 1, 0)
+        size = union_size * RADIX + hi - lo
+        first_row = b * num_nodes + tl.load(offsets + level)
+        kbar_base = kbar + (first_row * num_key_heads + kh) * D
+        entropy_base = entropy + first_row * num_key_heads + kh
+        # Finite: a row may see nothing of the first columns.
+        top = tl.full((T * GP,), -1e30, tl.float32)
+        mass = tl.zeros((T * GP,), tl.float32)
+        for begin in tl.range(0, size, BC):
+            c = begin + tl.arange(0, BC)
+            node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
+            is_child = c < union_size * RADIX
+            bits = tl.load(members + tile * most + c // RADIX, is_child, 0)
+            bits = tl.where(is_child, bits, tl.where(c < size, -1, 0))
+            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
+            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
+            s = tl.where(((bits[None, :] >> (row // GP)[:, None]) & 1) != 0, s, float("-inf"))
+            new = tl.maximum(top, tl.max(s, 1))
+            mass = mass * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
+            top = new
+        share = tl.where(row_ok & (mass > 0), 1.0 / (tl.where(mass > 0, mass, 1.0) * G), 0.0)
+        t = tl.arange(0, T)
+        to = scores + (tile * T + t)[:, None] * width
+        for begin in tl.range(0, size, BC):
+            c = begin + tl.arange(0, BC)
+            is_child = c < union_size * RADIX
+            node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
+            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
+            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
+            p = tl.exp2(tl.minimum(s - top[:, None], 0.0)) * share[:, None]
+            p = tl.sum(tl.reshape(p, (T, GP, BC)), 1)
+            place = tl.load(
+                places + (tile * most + c // RADIX)[None, :] * T + t[:, None], is_child[None, :], 0
+            ).to(tl.int32)
+            at = tl.where(
+                is_child[None, :],
+                place * RADIX + (c % RADIX)[None, :],
+                (parents * RADIX + c - union_size * RADIX)[None, :],
+            )
+            tl.store(to + at, p, (place >= 0) & (c < size)[None, :] & (t0 + t < num_tokens)[:, None])
+
+
+@triton.jit
+def select(
+    scores, opened, base_bits, child_bits, num_tokens, levels, level, first_token, width,
+    BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, MOST: tl.constexpr,
+    TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Which of its candidates of a level every token opens: the best scores, of equal ones the first.
+
+    opened (B, K, N, levels, WIDTH) int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the
+    c-th listed node is opened; child_bits (B, K, N, levels, BEAM) int32, bit c of entry e at level l: child c of the e-th
+    node opened at l + 1 is opened.
+    """
+    token = first_token + tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    first = tl.maximum(0, token // BLOCK - WINDOW + 1)
+    if (first > 0) & (token < num_tokens):
+        everyone = tl.arange(0, MOST)
+        slot = (pair * num_tokens + token) * levels
+        lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
+        above = opened + (slot + tl.minimum(level + 1, levels - 1)) * WIDTH
+        parents = count_opened(above, level, levels, BEAM)
+        total = parents * RADIX + hi - lo
+        count = tl.where(level == 0, TOP_K, BEAM)
+        scored = tl.where(total > count, total, 0)
+        # The scores are at least 0, so their bits order like integers.
+        mine = scores + (pair * tl.num_programs(0) + tl.program_id(0)) * width
+        score = tl.load(mine + everyone, everyone < scored, 0.0).to(tl.int32, bitcast=True)
+        score = tl.where(everyone < total, score, -1)
+        least = 0
+        most = tl.where(scored > 0, tl.max(score, 0) + 1, 1)
+        while most - least > 1:
+            middle = least + (most - least) // 2
+            found = tl.sum((score >= middle).to(tl.int32), 0)
+            least = tl.where(found >= count, middle, least)
+            most = tl.where(found == count, middle + 1, tl.where(found > count, most, middle))
+        # `least` is the score of the last place; of several candidates with it the first ones get in.
+        better = (score > least).to(tl.int32)
+        equal = (score == least).to(tl.int32)
+        free = count - tl.sum(better, 0)
+        taken = (score > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
+        taken = tl.where(scored > 0, taken, everyone < total)
+        is_child = everyone < parents * RADIX
+        parent = tl.load(above + everyone // RADIX, is_child & taken, 0)
+        node = tl.where(is_child, parent * RADIX + everyone % RADIX, lo + everyone - parents * RADIX)
+        place = tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(opened + (slot + level) * WIDTH + place, node, taken)
+        listed = everyone - parents * RADIX
+        word = tl.where(taken & (listed >= 0), 1, 0) << tl.where(listed >= 0, listed & 31, 0)
+        tl.store(base_bits + slot + level, tl.sum(word, 0))
+        word = tl.where(taken & is_child, 1, 0) << (everyone % RADIX)
+        words = tl.sum(tl.reshape(word, (MOST // RADIX, RADIX)), 1)
+        entry = tl.arange(0, MOST // RADIX)
+        tl.store(child_bits + (slot + level) * BEAM + entry, words, entry < BEAM)
