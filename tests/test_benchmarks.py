@@ -105,3 +105,60 @@ def test_a_billion_in_small(script, tmp_path):
     assert "relative gradient errors" in out
     losses = [step["loss"] for step in trained["steps"]]
     assert losses[-1] < losses[0]
+
+
+def test_layer_checkpointing_in_small(script, monkeypatch, tmp_path):
+    """Steps at every length with a falling loss, gradients compared, and the longest that fits searched for."""
+    (tmp_path / "source.py").write_text("for i in range(100):\n    print(i)\n" * 300)
+    common = ["--device", "cpu", "--layers", 2, "--width", 64, "--root", tmp_path, "--out", tmp_path / "out"]
+    common += [
+        "--tokens",
+        256,
+        700,
+        "--text",
+        tmp_path / "ids",
+        "--chunk",
+        300,
+        "--tile",
+        100,
+        "--largest",
+        2500,
+    ]
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    billion = importlib.import_module("billion")
+    real = billion.steps_at
+
+    def limited(options, ids, tokens, *rest):
+        if tokens > 900:
+            raise torch.OutOfMemoryError("too long. And more")
+        return real(options, ids, tokens, *rest)
+
+    monkeypatch.setattr(billion, "steps_at", limited)
+    out = script("billion", "checkpoint", *common, "--steps", 3, "--compare", 900)
+    result = json.loads((tmp_path / "out/checkpoint-2x64-700.json").read_text())
+    rows = {row["tokens"]: row for row in result["rows"]}
+    assert list(rows) == [256, 700, 1400, 1024, 768]
+    assert [tokens for tokens, row in rows.items() if row.get("error") == "too long"] == [1400, 1024]
+    losses = [step["loss"] for step in rows[700]["steps"]]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    assert 0 < result["compare"]["chunked_to_checkpointed"] <= result["compare"]["at_most"] < 0.2
+    assert (tmp_path / "out/checkpoint-2x64-700.md").read_text() in out
+    with pytest.raises(SystemExit, match="one length for train"):
+        script("billion", "train", *common)
+
+
+def test_lengths_are_searched_for_between_what_fits_and_what_does_not(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    next_length = importlib.import_module("billion").next_length
+
+    def search(limit, start, largest):
+        rows = [{"tokens": start} | ({} if start <= limit else {"error": ""})]
+        while (tokens := next_length(rows, largest, 64)) is not None:
+            rows.append({"tokens": tokens} | ({} if tokens <= limit else {"error": ""}))
+        return max((row["tokens"] for row in rows if "error" not in row), default=None)
+
+    for limit in (6400, 9999, 51200):
+        assert limit * 0.94 <= search(limit, 6400, 10**6) <= limit
+    assert search(10**6, 6400, 20000) == 20000  # all fit
+    assert search(10, 6400, 20000) is None  # not even the first

@@ -192,6 +192,7 @@ def test_options_that_save_memory_or_time_do_not_change_the_run(config, tmp_path
     monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager", fullgraph=True))
     same = {
         "checkpointed": {"gradient_checkpointing": True},
+        "tiled": {"gradient_checkpointing": True, "tile_tokens": 7},
         "compiled": {"compile": True},
         "split": {"batch_size": 1, "accumulation": 2},
     }

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longnet.attention.dilated import dilated_attention
 from longnet.attention.strided import has_triton
+from longnet.model.tiles import by_tiles
 
 if TYPE_CHECKING:
     from longnet.attention.sequence_parallel import SequenceParallel
@@ -93,6 +94,7 @@ class LongNetAttention(LongNetProjections):
         self.impl = config.attention_impl
         # Set from outside (train/parallelize.py) where the tokens are one rank's part of a longer sequence.
         self.sequence_parallel: SequenceParallel | None = None
+        self.tile_tokens: int | None = None  # set from outside (tiles.set_tile)
 
     def forward(
         self,
@@ -102,16 +104,7 @@ class LongNetAttention(LongNetProjections):
         cache: LongNetCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
-        if _turns_in_place(qkv):
-            from longnet.kernels.rotary import norm_rotary_
-
-            weights = (self.q_norm.weight, self.k_norm.weight)
-            norm_rotary_(qkv, self.heads, self.key_heads, *weights, float(self.q_norm.eps or 0), *rotary)
-        else:
-            q = apply_rotary(self.q_norm(q), rotary, v.dtype)
-            k = apply_rotary(self.k_norm(k), rotary, v.dtype)
+        q, k, v = by_tiles(self._project, self.tile_tokens, hidden, *rotary)
         if cache is not None:
             out = cache.attend(self.layer_index, q, k, v, lengths)
         elif self.sequence_parallel is not None:
@@ -128,6 +121,20 @@ class LongNetAttention(LongNetProjections):
                 impl=self.impl,
             ).out
         return self.o_proj(out.flatten(2))
+
+    def _project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a run of tokens, normed and turned."""
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
+        if _turns_in_place(qkv):
+            from longnet.kernels.rotary import norm_rotary_
+
+            weights = (self.q_norm.weight, self.k_norm.weight)
+            norm_rotary_(qkv, self.heads, self.key_heads, *weights, float(self.q_norm.eps or 0), cos, sin)
+        else:
+            q = apply_rotary(self.q_norm(q), (cos, sin), v.dtype)
+            k = apply_rotary(self.k_norm(k), (cos, sin), v.dtype)
+        return q, k, v
 
     def _attend_across_ranks(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, start: int
@@ -172,6 +179,7 @@ class LongNetLayer(GradientCheckpointingLayer):
             self.attention = LongNetAttention(config, layer_index)
         self.mlp_norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LongNetMLP(config)
+        self.tile_tokens: int | None = None  # set from outside (tiles.set_tile)
 
     def forward(
         self,
@@ -181,6 +189,9 @@ class LongNetLayer(GradientCheckpointingLayer):
         cache: LongNetCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        normed = self.attention_norm(hidden)
+        normed = by_tiles(self.attention_norm, self.tile_tokens, hidden)
         hidden = hidden + self.attention(normed, rotary, lengths, cache, start)
+        return by_tiles(self._feed_forward, self.tile_tokens, hidden)
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.mlp(self.mlp_norm(hidden))

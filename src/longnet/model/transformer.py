@@ -20,6 +20,7 @@ from longnet.model.folder import furnish
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.layers import LongNetLayer, LongNetRMSNorm, rotary_angles
 from longnet.model.padding import last_tokens, mask_to_span, next_tokens, roll_rows
+from longnet.model.tiles import by_tiles
 
 # Logits that exist at one time while a loss is computed: 128 MiB in fp32.
 LOSS_LOGITS = 2**25
@@ -82,6 +83,7 @@ class LongNetModel(LongNetPreTrainedModel):
         self.layers = nn.ModuleList(LongNetLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LongNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.tile_tokens: int | None = None  # set from outside (tiles.set_tile)
         self.post_init()
 
     def forward(
@@ -152,7 +154,7 @@ class LongNetModel(LongNetPreTrainedModel):
             if keep_states:
                 states.append(hidden)
             hidden = layer(hidden, rotary, lengths, cache, start)
-        hidden = self.norm(hidden)
+        hidden = by_tiles(self.norm, self.tile_tokens, hidden)
         return hidden, (*states, hidden) if keep_states else None
 
     def _cache(

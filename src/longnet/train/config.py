@@ -57,6 +57,9 @@ class TrainConfig:
     """torch.compile the model."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
+    tile_tokens: int | None = None
+    """Tokens of a tile: norms, SwiGLU and projections of a layer are computed tile by tile and once more in the backward pass,
+    with equal gradients. With gradient_checkpointing, for windows of a million tokens and more. None: all tokens at once."""
     sequence_strategy: Literal["whole", "chunked"] = "whole"
     """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
     chunk_tokens: int | None = None
@@ -148,8 +151,9 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"{name}: expected at least 0; got {getattr(config, name)}")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"betas: expected two numbers in [0, 1); got {config.betas}")
-    if config.chunk_tokens is not None and config.chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: expected None or at least 1; got {config.chunk_tokens}")
+    for name in ("chunk_tokens", "tile_tokens"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected None or at least 1; got {getattr(config, name)}")
     if config.sequence_strategy == "chunked":
         model = LongNetConfig.preset(config.preset, **config.model)
         kept_whole = (

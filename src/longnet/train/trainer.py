@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
+from longnet.model.tiles import set_tile
 from longnet.train import checkpoint, parallelize
 from longnet.train.chunked import choose_chunk, chunked_backward
 from longnet.train.config import TrainConfig, check, identity
@@ -115,6 +116,7 @@ class _Run:
         torch.nn.Module.to(self.model, self.device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+        set_tile(self.model, config.tile_tokens)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.parallel: parallelize.Parallel | None = None
         if many:
