@@ -49,4 +49,4 @@ def set_tile(model: torch.nn.Module, tile: int | None) -> None:
         raise ValueError(f"tile_tokens: expected 1 or more tokens, or None; got {tile}")
     for module in model.modules():
         if hasattr(module, "tile_tokens"):
-            module.tile_tokens = tile
+            setattr(module, "tile_tokens", tile)  # noqa: B010  (Module's declared attributes know no None)
