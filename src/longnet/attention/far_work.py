@@ -94,19 +94,25 @@ def tile_of(shape: Shape, dtype: torch.dtype) -> dict:
     }
 
 
-# (heads per program, warps, stages) by kernel, for even groups and for others: the best of a sweep on an H200 (docs/log.md).
+# (heads per program, warps, stages, most registers) by kernel, for even groups and for others.
 COVER_TILES = {
-    "forward": ((2, 4, 2), (1, 4, 3)),
-    "dq": ((2, 8, 3), (1, 4, 2)),
-    "dkv": ((1, 4, 2), (1, 4, 2)),
+    "forward": ((2, 8, 2, 128), (1, 4, 2, None)),
+    "dq": ((2, 8, 2, None), (1, 4, 2, None)),
+    "dkv": ((1, 4, 2, None), (1, 4, 2, None)),
 }
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
     even = shape.group % 2 == 0 and dtype != torch.float32
-    heads, warps, stages = COVER_TILES[kernel][0 if even else 1]
-    tile = tile_of(shape, dtype) | {"HG": heads, "BLOCK": geometry.block, "WINDOW": geometry.window}
-    return tile | {"num_warps": warps, "num_stages": stages if dtype != torch.float32 else 1}
+    heads, warps, stages, registers = COVER_TILES[kernel][0 if even else 1]
+    tile = tile_of(shape, dtype) | {"BLOCK": geometry.block, "WINDOW": geometry.window}
+    if kernel != "dkv":
+        tile["HG"] = heads
+    return tile | {
+        "num_warps": warps,
+        "num_stages": stages if dtype != torch.float32 else 1,
+        "maxnreg": registers,
+    }
 
 
 # (warps, stages) of the kernels over tiles of tokens.

@@ -128,19 +128,19 @@ class Launch(NamedTuple):
 
 
 def _prepare(q, k, v, lengths, pattern, causal, scale, start) -> Launch:
-    _allocate_descriptors()
-    tensors = tuple(_aligned(x) for x in (q, k, v))
+    allocate_descriptors()
+    tensors = tuple(aligned(x) for x in (q, k, v))
     lengths = None if lengths is None else lengths.to(q.device, torch.int64)
     return Launch(tensors, lengths, causal, scale, start, pattern)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Descriptors want unit stride in D and everything else on 16 bytes."""
     fits = x.stride(-1) == 1 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
-def _allocate_descriptors() -> None:
+def allocate_descriptors() -> None:
     """Kernels that make tensor descriptors ask for a few bytes of global memory per program."""
     import triton
 
@@ -200,7 +200,7 @@ def backward(
         return grads
     dq, dk, dv = grads
     launch = _prepare(q, k, v, lengths, pattern, causal, scale, start)
-    dout = _aligned(dout.contiguous())
+    dout = aligned(dout.contiguous())
     chosen = tiles(q.shape[3], q.element_size(), shared_memory(q.device), causal)
     with torch.cuda.device_of(q):
         delta = row_dot(dout, out.contiguous(), dlse)

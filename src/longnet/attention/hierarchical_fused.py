@@ -21,6 +21,7 @@ from longnet.attention.far_work import (
     shape_of,
     strides,
 )
+from longnet.attention.fused import aligned, allocate_descriptors
 from longnet.attention.hierarchical_gradients import backward
 from longnet.attention.pyramid import Pyramid
 from longnet.kernels import cover, leaves, opened_forward, routing
@@ -41,9 +42,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all tensors."""
     geometry = Geometry.of(pattern, q.shape[1])
-    q, k, v, q_local, k_local = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_local, k_local)
-    )
+    q, k, v, q_local, k_local = (aligned(x) for x in (q, k, v, q_local, k_local))
     summaries = (pyramid.kbar.contiguous(), pyramid.vbar.contiguous(), pyramid.entropy.float().contiguous())
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
     return _Attend.apply(q, k, v, q_local, k_local, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
@@ -92,6 +91,7 @@ def forward(
     q, k: for far tokens and summaries; q_local, k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy (B, nodes, K):
     the levels one after the other. level_bias (H, levels), router_mix (H,) fp32. `routes` given: they are obeyed.
     """
+    allocate_descriptors()
     shape = shape_of(q, k)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
@@ -103,7 +103,7 @@ def forward(
     cover.cover_forward[grid](
         q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
         *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
-        BN=64, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+        BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
     )  # fmt: skip
     if not opening:
         return out, lse, None

@@ -26,6 +26,7 @@ from longnet.attention.far_work import (
     strides,
     tile_of,
 )
+from longnet.attention.fused import aligned, allocate_descriptors
 from longnet.kernels import cover, leaves, opened_backward
 
 
@@ -49,8 +50,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order."""
+    allocate_descriptors()
     shape = shape_of(q, k)
-    dout = dout.contiguous()
+    dout = aligned(dout.contiguous())
     delta = cover.row_dot(dout, out, dlse)
     offsets = offsets_of(geometry, q.device)
     sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
@@ -63,7 +65,7 @@ def backward(
     cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
         q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
         *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
-        BN=64, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+        BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
     )  # fmt: skip
     dk_local, dv = _like(k), torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
     tile = cover_tile(shape, geometry, q.dtype, "dkv")

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longnet.kernels.dilated_forward import strided_rows
+
 
 @triton.jit
 def list_begin(hi, level, levels, RADIX: tl.constexpr, GUARD: tl.constexpr):
@@ -29,34 +31,30 @@ def list_of_level(first, level, levels, RADIX: tl.constexpr, GUARD: tl.constexpr
 
 
 @triton.jit
-def listed_nodes(c, first, offsets, levels, RADIX: tl.constexpr, GUARD: tl.constexpr):
-    """Row in the concatenated pyramid and level of the c-th listed node, levels one after the other."""
-    node = tl.zeros_like(c)
-    level = tl.zeros_like(c)
-    begin = 0
-    hi = first
-    for at in range(levels):
-        lo = list_begin(hi, at, levels, RADIX, GUARD)
-        inside = (c >= begin) & (c < begin + hi - lo)
-        node = tl.where(inside, tl.load(offsets + at) + lo + c - begin, node)
-        level = tl.where(inside, at, level)
-        begin += hi - lo
-        hi = lo // RADIX
-    return node, level
+def _summaries(
+    kbar, vbar, entropy, base, begin, end, num_key_heads, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Of the nodes begin .. begin + BN - 1 of a level whose first row is `base`: keys, values, entropies, and which lie before end."""
+    c = begin + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    ok = c < end
+    row = base + c.to(tl.int64) * num_key_heads
+    mask = ok[:, None] & (d < D)[None, :]
+    at = row[:, None] * D + d[None, :]
+    return tl.load(kbar + at, mask, 0.0), tl.load(vbar + at, mask, 0.0), tl.load(entropy + row, ok, 0.0), ok
 
 
 @triton.jit
-def count_listed(first, levels, RADIX: tl.constexpr, GUARD: tl.constexpr):
-    total = 0
-    hi = first
-    for at in range(levels):
-        lo = list_begin(hi, at, levels, RADIX, GUARD)
-        total += hi - lo
-        hi = lo // RADIX
-    return total
+def _attend(acc, top, total, s, vt, PREC: tl.constexpr):
+    """Online softmax: one more tile of scores (log 2) and their values."""
+    new = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - new[:, None])
+    rescale = tl.exp2(top - new)
+    acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
+    return acc, new, total * rescale + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def cover_forward(
     q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
@@ -82,59 +80,37 @@ def cover_forward(
     total = tl.zeros((BLOCK * HG,), tl.float32)
     acc = tl.zeros((BLOCK * HG, BD), tl.float32)
     col = tl.arange(0, BLOCK)
-    k_base = k_local + b * skb + kh * skh
-    v_base = v + b * svb + kh * svh
+    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
+    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
     for j in tl.range(first, i):
-        at = (j * BLOCK + col).to(tl.int64)
-        kt = tl.load(k_base + at[None, :] * skn + d[:, None], (d < D)[:, None], 0.0)
-        vt = tl.load(v_base + at[:, None] * svn + d[None, :], (d < D)[None, :], 0.0)
-        s = tl.dot(qt, kt, input_precision=PREC) * scale2
-        new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - new[:, None])
-        rescale = tl.exp2(m - new)
-        total = total * rescale + tl.sum(p, 1)
-        acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
-        m = new
-    at = (i * BLOCK + col).to(tl.int64)
-    at_ok = at < num_tokens
-    kt = tl.load(k_base + at[None, :] * skn + d[:, None], at_ok[None, :] & (d < D)[:, None], 0.0)
-    vt = tl.load(v_base + at[:, None] * svn + d[None, :], at_ok[:, None] & (d < D)[None, :], 0.0)
-    s = tl.dot(qt, kt, input_precision=PREC) * scale2
+        s = tl.dot(qt, k_rows.load([j * BLOCK, 0]).T, input_precision=PREC) * scale2
+        acc, m, total = _attend(acc, m, total, s, v_rows.load([j * BLOCK, 0]), PREC=PREC)
+    s = tl.dot(qt, k_rows.load([i * BLOCK, 0]).T, input_precision=PREC) * scale2
     s = tl.where(col[None, :] <= (row % BLOCK)[:, None], s, float("-inf"))
-    new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - new[:, None])
-    rescale = tl.exp2(m - new)
-    total = total * rescale + tl.sum(p, 1)
-    acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
-    m = new
+    acc, m, total = _attend(acc, m, total, s, v_rows.load([i * BLOCK, 0]), PREC=PREC)
     if LISTS:
-        listed = count_listed(first, levels, RADIX, GUARD)
-        if listed > 0:
-            qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
-            for begin in range(0, listed, BN):
-                c = begin + tl.arange(0, BN)
-                node, level = listed_nodes(c, first, offsets, levels, RADIX, GUARD)
-                node_row = (b * num_nodes + node) * num_key_heads + kh
-                ok = c < listed
-                kt = tl.load(kbar + node_row[None, :] * D + d[:, None], ok[None, :] & (d < D)[:, None], 0.0)
-                vt = tl.load(vbar + node_row[:, None] * D + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
-                bias = tl.load(entropy + node_row, ok, 0.0)[None, :]
-                bias += tl.load(level_bias + heads[:, None] * levels + level[None, :])
-                s = tl.dot(qf, kt, input_precision=PREC) * scale2 + bias * 1.4426950408889634
-                s = tl.where(ok[None, :], s, float("-inf"))
-                new = tl.maximum(m, tl.max(s, 1))
-                p = tl.exp2(s - new[:, None])
-                rescale = tl.exp2(m - new)
-                total = total * rescale + tl.sum(p, 1)
-                acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
-                m = new
+        qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
+        hi = first
+        for level in range(levels):
+            lo = list_begin(hi, level, levels, RADIX, GUARD)
+            bias = tl.load(level_bias + heads * levels + level)
+            base = (b * num_nodes + tl.load(offsets + level)) * num_key_heads + kh
+            for begin in tl.range(lo, hi, BN, num_stages=1):
+                k_far, v_far, h, ok = _summaries(
+                    kbar, vbar, entropy, base, begin, hi, num_key_heads, D=D, BD=BD, BN=BN
+                )
+                far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2
+                far += (h[None, :] + bias[:, None]) * 1.4426950408889634
+                far = tl.where(ok[None, :], far, float("-inf"))
+                acc, m, total = _attend(acc, m, total, far, v_far, PREC=PREC)
+            hi = lo // RADIX
     at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
     tl.store(out + at_out * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), row_ok)
     at_lse = (b * num_heads + heads) * num_tokens + token
     tl.store(lse + at_lse, (m + tl.log2(total)) * 0.6931471805599453, token < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def cover_dq(
     q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
@@ -144,7 +120,7 @@ def cover_dq(
 ):  # fmt: skip
     """Gradients of the local queries, and if LISTS of the far queries and (per query) of the level biases.
 
-    dbias (B, N, H, levels), zeros, receives the sums of the logit gradients of every level.
+    dbias (B, N, H, levels) receives the sums of the logit gradients of every level.
     """
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) * HG
@@ -167,57 +143,53 @@ def cover_dq(
     scale2 = scale * 1.4426950408889634
     first = tl.maximum(0, i - WINDOW + 1)
     col = tl.arange(0, BLOCK)
-    k_base = k_local + b * skb + kh * skh
-    v_base = v + b * svb + kh * svh
+    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
+    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
     acc = tl.zeros((BLOCK * HG, BD), tl.float32)
     for j in tl.range(first, i):
-        at = (j * BLOCK + col).to(tl.int64)
-        kt = tl.load(k_base + at[:, None] * skn + d[None, :], (d < D)[None, :], 0.0)
-        vt = tl.load(v_base + at[None, :] * svn + d[:, None], (d < D)[:, None], 0.0)
-        s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * scale2
-        p = tl.exp2(s - lse2[:, None])
-        ds = p * (tl.dot(do, vt, input_precision=PREC) - dl[:, None])
+        kt = k_rows.load([j * BLOCK, 0])
+        vt = v_rows.load([j * BLOCK, 0])
+        p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
+        ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-    at = (i * BLOCK + col).to(tl.int64)
-    at_ok = at < num_tokens
-    kt = tl.load(k_base + at[:, None] * skn + d[None, :], at_ok[:, None] & (d < D)[None, :], 0.0)
-    vt = tl.load(v_base + at[None, :] * svn + d[:, None], at_ok[None, :] & (d < D)[:, None], 0.0)
-    s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * scale2
-    p = tl.where(col[None, :] <= (row % BLOCK)[:, None], tl.exp2(s - lse2[:, None]), 0.0)
-    ds = p * (tl.dot(do, vt, input_precision=PREC) - dl[:, None])
+    kt = k_rows.load([i * BLOCK, 0])
+    vt = v_rows.load([i * BLOCK, 0])
+    p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
+    p = tl.where(col[None, :] <= (row % BLOCK)[:, None], p, 0.0)
+    ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
     acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
     tl.store(dq_local + at_out * D + d[None, :], (acc * scale).to(dq_local.dtype.element_ty), row_ok)
     if LISTS:
         qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
         acc = tl.zeros((BLOCK * HG, BD), tl.float32)
-        listed = count_listed(first, levels, RADIX, GUARD)
         at_bias = ((b * num_tokens + token) * num_heads + heads) * levels
-        for begin in range(0, listed, BN):
-            c = begin + tl.arange(0, BN)
-            node, level = listed_nodes(c, first, offsets, levels, RADIX, GUARD)
-            node_row = (b * num_nodes + node) * num_key_heads + kh
-            ok = c < listed
-            k_far = tl.load(kbar + node_row[:, None] * D + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
-            v_far = tl.load(vbar + node_row[None, :] * D + d[:, None], ok[None, :] & (d < D)[:, None], 0.0)
-            bias = tl.load(entropy + node_row, ok, 0.0)[None, :]
-            bias += tl.load(level_bias + heads[:, None] * levels + level[None, :])
-            s_far = tl.dot(qf, tl.trans(k_far), input_precision=PREC) * scale2 + bias * 1.4426950408889634
-            p_far = tl.where(ok[None, :], tl.exp2(s_far - lse2[:, None]), 0.0)
-            ds_far = p_far * (tl.dot(do, v_far, input_precision=PREC) - dl[:, None])
-            acc = tl.dot(ds_far.to(k_far.dtype), k_far, acc, input_precision=PREC)
-            for at_level in range(levels):
-                sums = tl.sum(tl.where(level[None, :] == at_level, ds_far, 0.0), 1)
-                so_far = tl.load(dbias + at_bias + at_level, token_ok, 0.0)
-                tl.store(dbias + at_bias + at_level, so_far + sums, token_ok)
+        hi = first
+        for level in range(levels):
+            lo = list_begin(hi, level, levels, RADIX, GUARD)
+            bias = tl.load(level_bias + heads * levels + level)
+            base = (b * num_nodes + tl.load(offsets + level)) * num_key_heads + kh
+            sums = tl.zeros((BLOCK * HG,), tl.float32)
+            for begin in tl.range(lo, hi, BN, num_stages=1):
+                k_far, v_far, h, ok = _summaries(
+                    kbar, vbar, entropy, base, begin, hi, num_key_heads, D=D, BD=BD, BN=BN
+                )
+                far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2
+                far += (h[None, :] + bias[:, None]) * 1.4426950408889634 - lse2[:, None]
+                p_far = tl.where(ok[None, :], tl.exp2(far), 0.0)
+                ds_far = p_far * (tl.dot(do, v_far.T, input_precision=PREC) - dl[:, None])
+                acc = tl.dot(ds_far.to(k_far.dtype), k_far, acc, input_precision=PREC)
+                sums += tl.sum(ds_far, 1)
+            tl.store(dbias + at_bias + level, sums, token_ok)
+            hi = lo // RADIX
         tl.store(dq + at_out * D + d[None, :], (acc * scale).to(dq.dtype.element_ty), row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def window_dkv(
     q_local, k_local, v, dout, lse, delta, dk, dv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_heads, num_key_heads, scale,
-    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the local keys and of the values: a program owns a key block and walks the query blocks that see it."""
@@ -230,32 +202,29 @@ def window_dkv(
     at_ok = (at < num_tokens)[:, None] & (d < D)[None, :]
     kt = tl.load(k_local + b * skb + at[:, None] * skn + kh * skh + d[None, :], at_ok, 0.0)
     vt = tl.load(v + b * svb + at[:, None] * svn + kh * svh + d[None, :], at_ok, 0.0)
-    row = tl.arange(0, BLOCK * HG)
     scale2 = scale * 1.4426950408889634
     dk_acc = tl.zeros((BLOCK, BD), tl.float32)
     dv_acc = tl.zeros((BLOCK, BD), tl.float32)
-    blocks = tl.minimum(WINDOW, tl.cdiv(num_tokens, BLOCK) - j)
-    for step in tl.range(0, blocks * (G // HG)):
-        i = j + step // (G // HG)
-        heads = kh * G + (step % (G // HG)) * HG + row // BLOCK
-        token = i * BLOCK + row % BLOCK
-        at_row = token.to(tl.int64)
-        token_ok = token < num_tokens
-        row_ok = token_ok[:, None] & (d < D)[None, :]
-        qt = tl.load(
-            q_local + b * sqb + at_row[:, None] * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0
-        )
-        at_out = (b * num_tokens + at_row) * num_heads + heads
-        do = tl.load(dout + at_out[:, None] * D + d[None, :], row_ok, 0.0)
-        at_lse = (b * num_heads + heads) * num_tokens + token
-        lse2 = tl.load(lse + at_lse, token_ok, float("inf")) * 1.4426950408889634
-        dl = tl.load(delta + at_lse, token_ok, 0.0)
-        s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * scale2
-        p = tl.exp2(s - lse2[None, :])
-        p = tl.where((j * BLOCK + col)[:, None] <= token[None, :], p, 0.0)
-        dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision=PREC)
-        ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
-        dk_acc = tl.dot(ds.to(qt.dtype), qt, dk_acc, input_precision=PREC)
+    last = tl.minimum(j + WINDOW, tl.cdiv(num_tokens, BLOCK))
+    for head in tl.range(kh * G, kh * G + G):
+        q_rows = strided_rows(q_local + b * sqb, 0, num_tokens, sqn, sqh, head, 1, D=D, BD=BD, ROWS=BLOCK)
+        do_rows = strided_rows(
+            dout + b * num_tokens * num_heads * D, 0, num_tokens, num_heads * D, D, head, 1, D=D, BD=BD, ROWS=BLOCK
+        )  # fmt: skip
+        for i in tl.range(j, last):
+            token = i * BLOCK + col
+            token_ok = token < num_tokens
+            at_lse = (b * num_heads + head) * num_tokens + token
+            # Rows beyond the sequence get lse = inf, and so p = 0.
+            lse2 = tl.load(lse + at_lse, token_ok, float("inf")) * 1.4426950408889634
+            dl = tl.load(delta + at_lse, token_ok, 0.0)
+            qt = q_rows.load([i * BLOCK, 0])
+            do = do_rows.load([i * BLOCK, 0])
+            p = tl.exp2(tl.dot(kt, qt.T, input_precision=PREC) * scale2 - lse2[None, :])
+            p = tl.where((j * BLOCK + col)[:, None] <= token[None, :], p, 0.0)
+            dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision=PREC)
+            ds = p * (tl.dot(vt, do.T, input_precision=PREC) - dl[None, :])
+            dk_acc = tl.dot(ds.to(qt.dtype), qt, dk_acc, input_precision=PREC)
     at_key = ((b * num_tokens + at) * num_key_heads + kh)[:, None] * D + d[None, :]
     tl.store(dk + at_key, (dk_acc * scale).to(dk.dtype.element_ty), at_ok)
     tl.store(dv + at_key, dv_acc.to(dv.dtype.element_ty), at_ok)
