@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -40,18 +40,13 @@ def decode(ids: Iterable[int], errors: str = "replace") -> str:
 
 
 class StreamDecoder:
-    """Turns ids that arrive one by one into text, holding back a character until its last byte is there.
+    """Turns ids that arrive one by one into text, holding back a character until its last byte is there."""
 
-    Args:
-        decode_bytes: the bytes of ids; those of a `Tokenizer`, or of the byte tokenizer.
-    """
-
-    def __init__(self, decode_bytes: Callable[[Iterable[int]], bytes] = decode_bytes) -> None:
-        self._decode_bytes = decode_bytes
+    def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, ids: Iterable[int], final: bool = False) -> str:
-        return self._decoder.decode(self._decode_bytes(ids), final)
+        return self._decoder.decode(decode_bytes(ids), final)
 
 
 class Tokenizer(ABC):

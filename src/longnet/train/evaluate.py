@@ -215,10 +215,10 @@ def _sums(
         sizes = torch.from_numpy(np.ones_like(targets) if byte_lengths is None else byte_lengths[targets])
         part = torch.from_numpy(read).to(cache.device)
         losses = model.token_losses(part[:, :-1], targets=part[:, 1:], past_key_values=cache)
-        sums = [_by_bucket(borders, begin + first, x) for x in (losses, sizes)]
+        nats, size = (_by_bucket(borders, begin + first, x) for x in (losses, sizes))
         if waiting is not None:
             yield _handed_out(*waiting)
-        waiting = first, losses.shape[1], *sums
+        waiting = first, losses.shape[1], nats, size
     if waiting is not None:
         yield _handed_out(*waiting)
 

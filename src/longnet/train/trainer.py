@@ -150,15 +150,9 @@ class _Run:
         for _ in range(config.accumulation):
             if self.parallel is not None:
                 total += self.parallel.backward(self.model, self.sampler, config.accumulation, self.autocast)
-                sizes.append(self.sampler.bytes_per_token(self.tokenizer.byte_lengths))
-                continue
-            ids = labels = self.sampler.next_batch()
+            else:
+                total += float(self.backward(*self._batch())) / config.accumulation
             sizes.append(self.sampler.bytes_per_token(self.tokenizer.byte_lengths))
-            if config.objective == "mlm":
-                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
-                ids, labels = mask_spans(ids, (config.seed, self.sampler.drawn))
-            ids, labels = (x.to(self.device, non_blocking=True) for x in (ids, labels))
-            total += float(self.backward(ids, labels)) / config.accumulation
         gradient, broken = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip), ""
         if self.parallel is not None:
             # Every rank learns of a broken loss or a signal in the same step, before the optimizer.
@@ -187,6 +181,13 @@ class _Run:
             "tokens": tokens * self.step,
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        ids = labels = self.sampler.next_batch()
+        if self.config.objective == "mlm":
+            # Drawn from the seed and the windows' number: a resumed run masks the same spans.
+            ids, labels = mask_spans(ids, (self.config.seed, self.sampler.drawn))
+        return ids.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def backward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
@@ -298,9 +299,7 @@ class _Run:
             return None
         tensors, state = checkpoint.load(path)
         now = self.identity()
-        state["config"].setdefault(
-            "tokenizer", BYTES.name
-        )  # nothing else there was when it was not yet written down
+        state["config"].setdefault("tokenizer", BYTES.name)  # checkpoints from before there were others
         differing = [
             f"{k}: checkpoint {state['config'].get(k)!r}, now {now[k]!r}"
             for k in now
