@@ -137,8 +137,13 @@ def _prepared(folder: Path, tokenizer: Tokenizer, max_bytes: int | None) -> np.n
     ids = dataset.split("validation")
     if max_bytes is None:
         return ids
-    ids = ids[:max_bytes]
-    return ids[: np.searchsorted(np.cumsum(tokenizer.byte_lengths[ids]), max_bytes, side="right")]
+    left = max_bytes
+    for first in range(0, len(ids), 1 << 20):
+        sizes = np.cumsum(tokenizer.byte_lengths[ids[first : first + (1 << 20)]])
+        if sizes[-1] > left:
+            return ids[: first + np.searchsorted(sizes, left, side="right")]
+        left -= sizes[-1]
+    return ids
 
 
 def _ids_of(file: Path, tokenizer: Tokenizer, max_bytes: int | None) -> np.ndarray:
@@ -155,4 +160,6 @@ def _ids_of(file: Path, tokenizer: Tokenizer, max_bytes: int | None) -> np.ndarr
         for piece in tokenizer.pieces(source):
             scratch.write(piece.tobytes())
         scratch.flush()
+        if not scratch.tell():
+            raise ValueError(f"--max-bytes: expected at least the first character of {file}; got {max_bytes}")
         return np.memmap(scratch, tokenizer.dtype, "r")

@@ -25,6 +25,7 @@ from longnet.text import Tokenizer
 FORMAT = 3
 SUFFIXES = (".txt", ".md", ".py", ".gz", ".jsonl")
 _READ = 1 << 16
+_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 Split = Literal["train", "validation"]
 
 
@@ -243,7 +244,7 @@ class TokenDataset:
         try:
             self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
             self.documents = np.load(self.path / "documents.npy", allow_pickle=False)
-            self.tokens = np.memmap(self.path / "tokens.bin", self.meta.get("dtype", "uint16"), "r")
+            self.tokens = np.memmap(self.path / "tokens.bin", _DTYPES[self.meta.get("dtype", "uint16")], "r")
             expected = (FORMAT, int(self.meta["tokens"]), int(self.documents[-1]))
             found = (self.meta["format"], len(self.tokens), len(self.tokens))
             self._border = int(self.meta.get("train_tokens", -1))
