@@ -165,6 +165,18 @@ def test_another_tokenizer_has_another_name(loaded, tmp_path):
     assert load_tokenizer(tmp_path / "5.json").name != load_tokenizer(tmp_path / "4.json").name
 
 
+def test_an_old_file_has_the_name_of_its_copy(tmp_path):
+    """Older versions of the library wrote merges as words and left out fields that newer ones fill in."""
+    file = byte_level(tmp_path / "new.json")
+    state = json.loads(file.read_text())
+    del state["pre_tokenizer"]["use_regex"], state["model"]["ignore_merges"]
+    state["model"]["merges"] = [" ".join(pair) for pair in state["model"]["merges"]]
+    (tmp_path / "old.json").write_text(json.dumps(state))
+    old = load_tokenizer(tmp_path / "old.json")
+    old.save(tmp_path / "copy")
+    assert old.name == load_tokenizer(file).name == load_tokenizer(tmp_path / "copy").name
+
+
 def test_the_byte_tokenizer_is_recognised(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path) is load_tokenizer(None) is BYTES
@@ -176,7 +188,7 @@ def test_the_byte_tokenizer_is_recognised(tmp_path):
 
 def test_which_token_ends_a_text(tmp_path):
     file = byte_level(tmp_path / "tokenizer.json", specials=("<s>", "</s>"))
-    with pytest.raises(ValueError, match=r"None and the special tokens \['</s>', '<s>'\].*--end-of-text"):
+    with pytest.raises(ValueError, match=r"None and the special tokens \['<s>', '</s>'\].*--end-of-text"):
         load_tokenizer(file)
     assert load_tokenizer(file, "</s>").end == 1
     for entry in ("</s>", {"content": "</s>", "lstrip": False}):

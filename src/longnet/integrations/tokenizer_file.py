@@ -18,8 +18,8 @@ from longnet.text import Tokenizer
 
 # Bytes that are encoded at once, and those on either side of a cut that must be tokenized alike together and apart.
 PIECE, AROUND = 1 << 18, 1024
-# Places for a cut that are tried before a piece is made longer.
-_TRIALS = 256
+# Places for a cut that are tried before a piece is made longer; pieces that the library encodes in parallel.
+_TRIALS, _TOGETHER = 256, 8
 
 
 def character_of(byte: int) -> str:
@@ -64,14 +64,17 @@ class FileTokenizer(Tokenizer):
         self.spelling = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
             self.spelling[i] = b"" if token in special else spell(token)
-        self.name = f"{len(self.spelling)} ids, sha256 {_digest(state, vocabulary, self.end)}"
+        digest = _digest(json.loads(self._backend.to_str()), vocabulary, self.end)
+        self.name = f"{len(self.spelling)} ids, sha256 {digest}"
 
     def pieces(self, data: bytes | np.ndarray) -> Iterator[np.ndarray]:
-        begin = 0
-        while begin < len(data):
-            end = self._cut(data, begin)
-            yield self._encode(bytes(data[begin:end]), begin)
-            begin = end
+        borders = itertools.pairwise(self._borders(data))
+        while spans := list(itertools.islice(borders, _TOGETHER)):
+            parts = [bytes(data[begin:end]) for begin, end in spans]
+            texts = [self._decoded(part, begin) for part, (begin, _) in zip(parts, spans, strict=True)]
+            for ids, part, (begin, _) in zip(self._ids(*texts), parts, spans, strict=True):
+                self._check(ids, part, begin)
+                yield np.array(ids, self.dtype)
 
     def save(self, folder: Path) -> None:
         PreTrainedTokenizerFast(
@@ -84,26 +87,37 @@ class FileTokenizer(Tokenizer):
             padding_side="left",
         ).save_pretrained(folder)
 
-    def _ids(self, text: str) -> list[int]:
-        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def _ids(self, *texts: str) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
-    def _encode(self, data: bytes, offset: int) -> np.ndarray:
+    def _decoded(self, data: bytes, offset: int) -> str:
         try:
-            ids = self._ids(data.decode())
+            return data.decode()
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"expected UTF-8, which {self._file} needs; got byte {data[error.start]:#04x} at offset {offset + error.start} "
                 f"({error.reason})"
             ) from error
+
+    def _check(self, ids: list[int], data: bytes, offset: int) -> None:
+        """Raises ValueError where ids do not spell their text."""
         written = self.decode_bytes(ids)
         if written != data:
             pairs = itertools.zip_longest(written, data)
             at = next(i for i, (a, b) in enumerate(pairs) if a != b)
             raise ValueError(
                 f"expected a tokenizer that keeps the text, byte for byte; got {self._file}, which at offset {offset + at} makes "
-                f"{written[at : at + 20]!r} of {data[at : at + 20]!r}; its normalizer or unknown tokens change it"
+                f"{written[at : at + 20]!r} of {data[at : at + 20]!r}; its normalizer or unknown tokens change it; a "
+                'byte-level one keeps every text with "normalizer": null in its file'
             )
-        return np.array(ids, self.dtype)
+
+    def _borders(self, data: bytes | np.ndarray) -> Iterator[int]:
+        border = 0
+        yield border
+        while border < len(data):
+            border = self._cut(data, border)
+            yield border
 
     def _cut(self, data: bytes | np.ndarray, begin: int) -> int:
         """Where the piece from `begin` on may end: `PIECE` bytes on at most, if there is a good place, or later."""
@@ -116,7 +130,8 @@ class FileTokenizer(Tokenizer):
                 # Halves of a character at the far ends are dropped from all three alike.
                 left = bytes(data[max(begin, border - AROUND) : border]).decode(errors="ignore")
                 right = bytes(data[border : border + AROUND]).decode(errors="ignore")
-                if self._ids(left + right) == self._ids(left) + self._ids(right):
+                together, first, second = self._ids(left + right, left, right)
+                if together == first + second:
                     return border
             size *= 2
         return len(data)
@@ -227,7 +242,8 @@ def _end_of_text(file: Path, special: dict[str, int], named: str | None) -> str:
     if named is None and len(special) == 1:
         return next(iter(special))
     if named not in special:
-        found = "no special tokens" if not special else f"the special tokens {sorted(special)[:20]}"
+        first = sorted(special, key=special.__getitem__)[:20]
+        found = f"the special tokens {first}" if first else "no special tokens"
         raise ValueError(
             f"end_of_text: expected a special token of {file} that ends a document; got {named!r} and {found}; name one of them "
             "with --end-of-text, or add one to the tokenizer"
@@ -236,18 +252,17 @@ def _end_of_text(file: Path, special: dict[str, int], named: str | None) -> str:
 
 
 def _digest(state: dict[str, Any], vocabulary: dict[str, int], end: int) -> str:
-    """Of what decides about ids; the same when another version of the library writes the file anew."""
-    model = {k: v for k, v in state["model"].items() if k not in ("vocab", "merges")}
-    merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"].get("merges") or ()]
-    scores = [entry for entry in state["model"].get("vocab", ()) if isinstance(entry, list)]
-    state = _continuous(state)
-    rules = [model, state["normalizer"], state["pre_tokenizer"]]
-    facts = [sorted(vocabulary.items()), merges, scores, _without_defaults(rules), end]
+    """Of what decides about ids, from the library's own form of a file: older files leave fields out that it fills in."""
+    model = {k: v for k, v in state["model"].items() if k != "vocab"}
+    scores = state["model"]["vocab"] if isinstance(state["model"]["vocab"], list) else None
+    merges = model.pop("merges", None)
+    rules = _without_defaults([model, state["normalizer"], state["pre_tokenizer"]])
+    facts = [sorted(vocabulary.items()), scores, merges, rules, end]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _without_defaults(value: Any) -> Any:
-    """Fields that are null or false may be written or not."""
+    """Fields that are null or false say nothing: a later version of the library may add some."""
     if isinstance(value, dict):
         return {k: _without_defaults(v) for k, v in value.items() if v is not None and v is not False}
     return [_without_defaults(v) for v in value] if isinstance(value, list) else value
