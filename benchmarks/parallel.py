@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from longnet import DilatedPattern, dilated_attention
-from longnet.attention.sequence_parallel import SequenceParallel, sequence_parallel_attention
+from longnet.attention.collectives import SequenceParallel
+from longnet.attention.sequence_parallel import sequence_parallel_attention
 from longnet.schedule import Shards, traffic, work
 
 

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 import ranks
 from longnet import DilatedPattern, dilated_attention
-from longnet.attention import sequence_parallel
+from longnet.attention import collectives
+from longnet.attention.collectives import SequenceParallel
 from longnet.attention.reference import dilated_attention_reference
-from longnet.attention.sequence_parallel import SequenceParallel, sequence_parallel_attention
+from longnet.attention.sequence_parallel import sequence_parallel_attention
 from longnet.schedule import Shards, traffic
 
 TIMEOUT = timedelta(seconds=30)
@@ -100,7 +101,7 @@ def low_precision(parallel):
 def constant_traffic(rank, world):
     """Numbers received while N grows at fixed N / r: counted in the collectives, and as the schedule predicts."""
     received = []
-    gather, scatter = sequence_parallel._all_gather, sequence_parallel._reduce_scatter
+    gather, scatter = collectives._all_gather, collectives._reduce_scatter
 
     def count_gather(target, source, **kwargs):
         received.append(target.numel() - source.numel())
@@ -110,7 +111,7 @@ def constant_traffic(rank, world):
         received.append(source.numel() - target.numel())
         return scatter(target, source, **kwargs)
 
-    sequence_parallel._all_gather, sequence_parallel._reduce_scatter = count_gather, count_scatter
+    collectives._all_gather, collectives._reduce_scatter = count_gather, count_scatter
     table = []
     for n in (256, 1024, 4096):
         received.clear()
@@ -121,7 +122,7 @@ def constant_traffic(rank, world):
             sequence_parallel_attention(*x, pattern, parallel).out.sum().backward()
             planned = traffic(pattern, HEADS, HEADS, WIDTH, shards, rank, element_size=1, gradient_size=1)
             table.append([sum(received), sum(planned)])
-    sequence_parallel._all_gather, sequence_parallel._reduce_scatter = gather, scatter
+    collectives._all_gather, collectives._reduce_scatter = gather, scatter
     return table
 
 

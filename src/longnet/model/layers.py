@@ -15,7 +15,7 @@ from longnet.attention.strided import has_triton
 from longnet.model.tiles import by_tiles
 
 if TYPE_CHECKING:
-    from longnet.attention.sequence_parallel import SequenceParallel
+    from longnet.attention.collectives import SequenceParallel
     from longnet.model.cache import LongNetCache
     from longnet.model.config import LongNetConfig
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from longnet.attention.sequence_parallel import SequenceParallel
+from longnet.attention.collectives import SequenceParallel
 from longnet.model.layers import LongNetAttention
 from longnet.schedule import Shards
 from longnet.train.checkpoint import CheckpointWriteError, Groups
