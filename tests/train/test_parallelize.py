@@ -22,6 +22,7 @@ import torch.distributed as dist
 import ranks
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import TrainConfig, checkpoint, train
+from longnet.train.config import check as check_config
 from longnet.train.data import TokenDataset, WindowSampler, prepare
 from longnet.train.parallelize import Parallel, RanksDisagree, check_layout, connect, preflight, shard_block
 from longnet.train.trainer import _Run
@@ -138,6 +139,28 @@ def test_a_run_goes_on_with_4_2_1_and_3_ranks_bit_for_bit(config, tmp_path):
     # The order of additions differs between layouts, and nothing else does: fp32 rounding over 8 steps.
     for a, b in zip(losses(config.output), losses(tmp_path / "whole"), strict=True):
         assert math.isclose(a, b, rel_tol=1e-4)
+
+
+def test_the_trainer_reads_one_window_with_hierarchical_layers_over_two_ranks(config, tmp_path):
+    config = dataclasses.replace(config, model=MIXED, steps=3, batch_size=4)
+    train(dataclasses.replace(config, output=tmp_path / "whole"))
+    config = dataclasses.replace(config, sequence_parallel=2)
+    ranks.results(ranks.run(resume, 2, tmp_path / "ranks", config, 3))
+    for a, b in zip(losses(config.output), losses(tmp_path / "whole"), strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+
+
+def test_hierarchical_layers_that_cannot_be_spread_are_refused_before_any_rank_talks(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = dataclasses.replace(config, sequence_parallel=4, model=HIERARCHICAL)
+    check_config(config)
+    for change, message in (
+        ({"sequence_length": 12}, "at least one leaf block of 4 tokens a rank; got 12 over 4 ranks"),
+        ({"model": {**HIERARCHICAL, "attention_impl": "reference"}}, "attention_impl: expected None"),
+        ({"sequence_strategy": "chunked"}, "'whole' and 'causal' with 4 ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_config(dataclasses.replace(config, **change))
 
 
 def test_every_rank_names_each_field_that_differs_from_the_checkpoint(config, tmp_path):
