@@ -112,51 +112,50 @@ def own_leaves(summaries: Flight, leaves: Leaves) -> tuple[Tensor, Tensor, Tenso
     return kbar, vbar, rows[..., -2], rows[..., -1]
 
 
+class Lent(NamedTuple):
+    """Which leaf blocks this rank's queries open, and which of its own it lends to others."""
+
+    fetched: list[int]  # blocks from every rank, this one included
+    lent: list[int]  # blocks to every rank
+    place: Tensor  # (leaves, B, K): where an opened block lies among the fetched ones
+    sequence: Tensor  # of every lent block; its own leaf and key head
+    leaf: Tensor
+    key_head: Tensor
+
+
 class Blocks:
     """The distinct leaf blocks that this rank's queries open, its own included: keys and values (places, 2, block, D)."""
 
-    def __init__(
-        self, flight: Flight, place: Tensor, counts: list[int], lent: list[int], where: Sequence[Tensor]
-    ) -> None:
-        self.flight: Flight | None = flight
-        self.place = place  # (leaves, B, K): where a block lies among the rows
-        self.counts, self.lent = counts, lent  # blocks fetched from, and lent to, every rank
-        self.where = where  # (sequence, own leaf, key head) of what was lent
-        self.rows = self.gradient = torch.empty(0)
-        self.at = self.taken = torch.empty(0)
-
-    def wait(self) -> None:
-        """Until the blocks are here."""
-        assert self.flight is not None
-        rows = self.flight.wait()
-        self.flight = None
+    def __init__(self, rows: Tensor, lent: Lent, work: torch.dtype | None = None) -> None:
         # Places of absent blocks read row 0, so there must be one.
         self.rows = rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+        self.lent = lent
+        self.gradient = None if work is None else torch.zeros_like(self.rows, dtype=work)
+        self.at = self.taken = rows
 
     def read(self, leaf: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, blocks, rows, K, places, block, D) of leaves (B, blocks, rows, K, places)."""
-        sequence, key_head = _axes(leaf)
-        self.at = self.place[leaf, sequence, key_head]
-        self.taken = self.rows[self.at]
-        if torch.is_grad_enabled():
-            self.taken.requires_grad_()
-        keys, values = self.taken.unbind(-3)
+        at = self.lent.place[leaf, *_axes(leaf)]
+        taken = self.rows[at]
+        if self.gradient is not None:
+            self.at, self.taken = at, taken.requires_grad_()
+        keys, values = taken.unbind(-3)
         return keys, values
 
-    def begin_backward(self, work: torch.dtype) -> None:
-        self.gradient = torch.zeros_like(self.rows, dtype=work)
-
     def add(self, gradient: Tensor) -> None:
-        """Add the gradient of what was read last."""
+        """Add the gradient of what was read last, `taken`."""
+        assert self.gradient is not None
         # index_put_ rather than index_add_: it adds in a fixed order on CUDA, too.
         self.gradient.index_put_((self.at,), gradient.to(self.gradient.dtype), accumulate=True)
+        self.at = self.taken = self.rows
 
     def collect(self, own: tuple[Tensor, ...], leaves: Leaves) -> None:
         """Send the gradients home; add those of this rank's blocks to own = (dk, dv), each (B, n, K, D)."""
-        rows = all_to_all(self.gradient[: sum(self.counts)], self.counts, self.lent, leaves.group).wait()
+        assert self.gradient is not None
+        fetched, lent, _, *where = self.lent
+        rows = all_to_all(self.gradient[: sum(fetched)], fetched, lent, leaves.group).wait()
         for i, x in enumerate(own):
-            view = _own_blocks(x, leaves)
-            view.index_put_(tuple(self.where), rows[:, i], accumulate=True)
+            _own_blocks(x, leaves).index_put_(tuple(where), rows[:, i], accumulate=True)
 
 
 def _own_blocks(x: Tensor, leaves: Leaves) -> Tensor:
@@ -171,8 +170,8 @@ def _axes(leaf: Tensor) -> tuple[Tensor, Tensor]:
     return sequence, torch.arange(key_heads, device=leaf.device).view(-1, 1)
 
 
-def request(opened: Sequence[Tensor | None], k: Tensor, v: Tensor, leaves: Leaves) -> Blocks:
-    """Ask the owners for every distinct block of `opened` (-1: none), and send what other ranks ask of this one."""
+def request(opened: Sequence[Tensor | None], k: Tensor, v: Tensor, leaves: Leaves) -> tuple[Flight, Lent]:
+    """Ask the owners for every distinct block of `opened` (-1: none), and start to send what other ranks ask of this one."""
     batch, _, key_heads, _ = k.shape
     each, device = batch * key_heads, k.device
     # One more leaf takes what is not opened.
@@ -187,9 +186,9 @@ def request(opened: Sequence[Tensor | None], k: Tensor, v: Tensor, leaves: Leave
     borders = torch.tensor([each * x for x in firsts], device=device)
     counts = torch.searchsorted(numbers, borders).diff()
     ones = [1] * len(leaves.counts)
-    lent = all_to_all(counts, ones, ones, leaves.group).wait()
-    counts, lent = torch.stack((counts, lent)).tolist()  # one wait for the device
-    asked = all_to_all(numbers, counts, lent, leaves.group).wait()
+    others = all_to_all(counts, ones, ones, leaves.group).wait()
+    fetched, lent = torch.stack((counts, others)).tolist()  # one wait for the device
+    asked = all_to_all(numbers, fetched, lent, leaves.group).wait()
     where = (asked // key_heads % batch, asked // each - firsts[leaves.rank], asked % key_heads)
     rows = torch.stack([_own_blocks(x, leaves)[where] for x in (k, v)], 1)
-    return Blocks(all_to_all(rows, lent, counts, leaves.group), place, counts, lent, where)
+    return all_to_all(rows, lent, fetched, leaves.group), Lent(fetched, lent, place, *where)

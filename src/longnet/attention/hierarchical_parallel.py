@@ -20,7 +20,9 @@ from longnet.attention.collectives import SequenceParallel
 from longnet.attention.dilated import AttentionOutput
 from longnet.attention.hierarchical import _check, _parameters, _turn
 from longnet.attention.hierarchical_exchange import (
+    Blocks,
     Leaves,
+    Lent,
     by_side,
     collect,
     gather_leaves,
@@ -131,29 +133,30 @@ class _Attention(torch.autograd.Function):
         parameters = Parameters(plan.scale, bias, mix, None)
         groups = [
             _group(q[:, part], q_local[:, part], k.shape[2], parameters, plan, part.start)
-            for part in parts(plan.start, q.shape[1], q, plan.pattern)
+            for part in parts(plan.start, q.shape[1], k_local, plan.pattern)
         ]
         opened = []
         for part in groups:
             opened.append(part.add_far(Far(k, v, levels, 0, (0,) * len(levels))).get(0))
             part.state.collapse()
-        blocks = request(opened, k, v, plan.leaves) if plan.pattern.top_k else None
+        flight, lent = request(opened, k, v, plan.leaves) if plan.pattern.top_k else (None, None)
         before = by_side(borrowed.wait())
         # The opened blocks travel while the windows are attended to.
-        fars, read = [], None if blocks is None else blocks.read
+        fars = []
         for part in groups:
             first, (keys, values) = _window(part, before, (k_local, v), plan)
-            fars.append(Far(keys, values, levels, first, (0,) * len(levels), read))
+            fars.append(Far(keys, values, levels, first, (0,) * len(levels)))
             part.add_window(keys, fars[-1])
             part.state.collapse()
-        if blocks is not None:
-            blocks.wait()
+        blocks = None if flight is None or lent is None else Blocks(flight.wait(), lent)
         pieces = []
         for part, leaf, far in zip(groups, opened, fars, strict=True):
-            part.add_leaves(leaf, far)
+            part.add_leaves(leaf, far if blocks is None else far._replace(read=blocks.read))
             pieces.append(part.result())
-        ctx.spec = (plan, blocks)
-        ctx.save_for_backward(q, q_local, k_local, v, bias, mix, *before, *leaves)
+        # All tensors by this way: a layer that is recomputed then keeps none of them.
+        kept = () if blocks is None else (blocks.rows, *blocks.lent[2:])
+        ctx.spec = (plan, None if lent is None else lent[:2])
+        ctx.save_for_backward(q, q_local, k_local, v, bias, mix, *before, *leaves, *kept)
         ctx.set_materialize_grads(False)
         if not pieces:
             return torch.zeros_like(q), bias.new_zeros(q.shape[0], q.shape[2], 0)
@@ -162,12 +165,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):  # pyrefly: ignore
-        plan, blocks = ctx.spec
+        plan, counts = ctx.spec
         q, q_local, k_local, v, bias, mix, *rest = ctx.saved_tensors
-        before, leaves = rest[:2], rest[2:]
+        before, leaves, kept = rest[:2], rest[2:6], rest[6:]
         sums = _Gradients((q, q_local, k_local, v, bias, mix), before, _levels(leaves, plan))
-        if blocks is not None:
-            blocks.begin_backward(sums.work)
+        blocks = Blocks(kept[0], Lent(*counts, *kept[1:]), sums.work) if kept else None
         dout = torch.zeros_like(q) if dout is None else dout
         # A caller's autocast would round what the forward did not.
         with torch.autocast(q.device.type, enabled=False):
@@ -177,7 +179,7 @@ class _Attention(torch.autograd.Function):
         # Everything is sent before anything is waited for.
         owed = give_back([x[:, :borrowed] for x in sums.window], plan.halo, plan.leaves.group)
         summaries = scatter_leaves(leaf_gradients, plan.leaves)
-        own = [torch.zeros_like(x, dtype=sums.work) for x in (k_local, v)]
+        own = tuple(torch.zeros_like(x, dtype=sums.work) for x in (k_local, v))
         if blocks is not None:
             blocks.collect(own, plan.leaves)
         returned = collect(owed, plan.halo, k_local.shape[1])
@@ -234,7 +236,7 @@ class _Gradients:
         begin = plan.halo.begin
         parameters = Parameters(plan.scale, self.inputs[0], self.inputs[1], None)
         read = None if blocks is None else blocks.read
-        for part in parts(plan.start, q.shape[1], q, plan.pattern):
+        for part in parts(plan.start, q.shape[1], own[0], plan.pattern):
             with torch.enable_grad():
                 queries = [x[:, part].detach().requires_grad_() for x in (q, q_local)]
                 group = _group(queries[0], queries[1], own[0].shape[2], parameters, plan, part.start)
