@@ -187,4 +187,11 @@ def check(config: TrainConfig) -> None:
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
-    parallelize.check_layout(world, config.sequence_parallel, config.sequence_length, config.batch_size)
+    model = LongNetConfig.preset(config.preset, **config.model)
+    if config.sequence_parallel > 1 and model.attention_impl not in (None, "strided"):
+        raise ValueError(
+            "attention_impl: expected None with sequence_parallel, whose layers attend by library operations; got "
+            f"{model.attention_impl!r}"
+        )
+    shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
+    parallelize.check_layout(world, *shape, parallelize.shard_block(model))

@@ -123,7 +123,10 @@ class _Run:
         self.parallel: parallelize.Parallel | None = None
         if many:
             shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
-            self.parallel = parallelize.Parallel(*shape, self.device, timedelta(seconds=config.timeout))
+            block = parallelize.shard_block(self.model.config)
+            self.parallel = parallelize.Parallel(
+                *shape, self.device, timedelta(seconds=config.timeout), block
+            )
             self.parallel.apply(self.model)
         self.signals: list[int] = []
         self._asked_to_stop = False
