@@ -17,30 +17,13 @@ import pytest
 tyro = pytest.importorskip("tyro")
 
 from longnet import LongNetConfig  # noqa: E402
-from longnet.cli import COMMANDS, main  # noqa: E402
+from longnet.cli import COMMANDS  # noqa: E402
 from longnet.cli.recipe import expand, registry  # noqa: E402
 from longnet.train import TrainConfig  # noqa: E402
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
 MODEL = ["hidden_size=32", "intermediate_size=64", "num_hidden_layers=1", "num_attention_heads=2",
          "segment_lengths=[8,32]", "dilation_rates=[1,4]"]  # fmt: skip
-
-
-@pytest.fixture
-def longnet(monkeypatch, capfd):
-    """Run a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["longnet", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import torch
 import uvicorn
 
 from longnet import text
-from longnet.model import LongNetForCausalLM
+from longnet.integrations.tokenizer import require_bytes, tokenizer_of_model
+from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.serve.app import Api
 from longnet.serve.config import ServeConfig, api_keys
 from longnet.serve.engine import Engine
@@ -138,6 +139,8 @@ def load(path: Path, device: str, dtype: str) -> LongNetForCausalLM:
         raise ValueError(
             f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}"
         )
+    tokenizer = tokenizer_of_model(path, LongNetConfig.from_pretrained(path).vocab_size)
+    require_bytes(tokenizer, "--model of `longnet serve`")
     if dtype == "auto" and device == "cuda":
         dtype = "bfloat16"
     model = LongNetForCausalLM.from_pretrained(path, use_safetensors=True, dtype=dtype).eval()
