@@ -118,14 +118,15 @@ def forward(
         order, items, _ = leaf_items(routes, shape, geometry, chunk)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
-        part_lse = torch.empty(lead, device=q.device)
+        part_weight = torch.empty(lead, device=q.device)
         leaves.leaf_forward[(len(items),)](
-            q, k, v, order, items, part, part_lse, *strides(q), *strides(k), *strides(v), shape.tokens, geometry.sizes[0],
-            shape.key_heads, chunk.first, chunk.tokens, scale,
+            q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight,
+            *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,
+            chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, q.dtype, "forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_lse,
+            q, *summaries, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_weight,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
             TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
