@@ -5,7 +5,7 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import far_work, hierarchical_fused
+from longnet.attention import far_work, hierarchical_fused, hierarchical_gradients
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import build_pyramid_fused
@@ -14,6 +14,7 @@ CASES = {
     # block 16 is the least that a tile may be; pattern, tokens, heads, key heads, width, beta
     "summaries": (HierarchicalPattern(16, 4, 2, 1, None, 0), 117, 2, 2, 16, 1.0),
     "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 4, 2, 24, 0.3),
+    # two families of nodes, and several items for most of them
     "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 175, 2, 1, 16, 0.0),
     "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 167, 3, 1, 16, 1.0),
     # two or three chunks of the buffer of opened leaves, and a group that is no power of two
@@ -26,6 +27,9 @@ def main(name: str) -> None:
     pattern, tokens, heads, key_heads, width, beta = CASES[name]
     if name == "chunks":
         far_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
+    if name == "levels":
+        far_work.COLUMNS = hierarchical_gradients.COLUMNS = 8
+        hierarchical_gradients.READERS = 24
     torch.manual_seed(0)
     shapes = [
         (1, tokens, heads, width),

@@ -16,6 +16,9 @@ from longnet.patterns import HierarchicalPattern
 # Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
 READERS = 1024
 
+# Neighbouring nodes whose gradients one program sums: the rows of its products, the bits of a reader's word.
+COLUMNS = 64
+
 # Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
 CHUNK_BYTES = 2**30
 
@@ -135,6 +138,18 @@ def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     if dtype == torch.float32:
         rows, stages = 32, 1
     return tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+
+
+# (rows, warps, stages) of the kernel over the readers of COLUMNS nodes.
+NODE_TILE = (128, 8, 2)
+
+
+def node_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+    rows, warps, stages = NODE_TILE
+    if dtype == torch.float32:
+        rows, stages = 32, 1
+    tile = tile_of(shape, dtype) | {"COLUMNS": COLUMNS, "BM": rows, "num_warps": warps, "num_stages": stages}
+    return tile | {"BLOCK": geometry.block, "BEAM": geometry.beam}
 
 
 def cover_constants(geometry: Geometry) -> dict:
@@ -275,8 +290,9 @@ def empty_routes(shape: Shape, geometry: Geometry, device: torch.device) -> Rout
 
 
 @functools.lru_cache(maxsize=64)
-def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Work items (0, group of siblings, first token, last token) of a level's lists, and the first item of every group."""
+def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> tuple[np.ndarray, ...]:
+    """Work items (0, family, first token, last token) of a level's lists, the first item of every family, and the lists [lo, hi)
+    of all blocks."""
     block, radix = geometry.block, geometry.radix
     blocks = -(-tokens // block)
     hi = np.maximum(0, np.arange(blocks) - geometry.window + 1)
@@ -287,11 +303,11 @@ def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> t
         lo = radix * np.maximum(0, hi // radix - geometry.guard)
         if at == geometry.levels - 1:
             lo = np.zeros_like(hi)
-    groups = -(-geometry.sizes[level] // radix)
     rows, first = [], [0]
-    for group in range(groups):
-        begin = int(np.searchsorted(hi, group * radix, side="right")) * block
-        end = min(tokens, int(np.searchsorted(lo, (group + 1) * radix, side="left")) * block)
-        rows += [(0, group, at, min(at + readers, end)) for at in range(begin, end, readers)]
+    for family in range(-(-geometry.sizes[level] // COLUMNS)):
+        begin = int(np.searchsorted(hi, family * COLUMNS, side="right")) * block
+        end = min(tokens, int(np.searchsorted(lo, (family + 1) * COLUMNS, side="left")) * block)
+        rows += [(0, family, at, min(at + readers, end)) for at in range(begin, end, readers)]
         first.append(len(rows))
-    return np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(first, dtype=np.int64)
+    bounds = np.stack((lo, hi), 1).astype(np.int32)
+    return np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(first, dtype=np.int64), bounds

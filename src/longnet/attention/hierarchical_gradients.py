@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from longnet.attention.far_work import (
+    COLUMNS,
     READERS,
     Geometry,
     Routes,
@@ -20,11 +21,11 @@ from longnet.attention.far_work import (
     leaf_items,
     leaf_tile,
     listed_items,
+    node_tile,
     offsets_of,
     shape_of,
     sorted_items,
     strides,
-    tile_of,
 )
 from longnet.kernels import cover, leaves, opened_backward
 
@@ -131,52 +132,66 @@ class _Far(NamedTuple):
             shape.batch, self.kbar.shape[1], shape.key_heads, 2 * shape.width + 1, device=self.q.device
         )
         for level in range(geometry.levels):
-            table, first = listed_items(geometry, shape.tokens, level, READERS * 16 // max(1, shape.group))
+            table, first, bounds = listed_items(geometry, shape.tokens, level, READERS * 4 // shape.group)
             if not len(table):
                 continue
             items = torch.from_numpy(table).to(self.q.device)
-            groups = len(first) - 1
             pairs = torch.arange(shape.pairs, device=self.q.device)
             items = items.expand(shape.pairs, -1, -1).clone()
             items[:, :, 0] = pairs[:, None]
             first_item = torch.from_numpy(first).to(self.q.device)[None, :-1] + pairs[:, None] * len(table)
             first_item = torch.cat((first_item.flatten(), first_item.new_tensor([shape.pairs * len(table)])))
-            self._add_nodes(result, level, groups, items.flatten(0, 1), first_item, None, routes)
+            lists = (torch.from_numpy(bounds).to(self.q.device), None if routes is None else routes.base_bits)
+            self._add_nodes(result, level, items.flatten(0, 1), first_item, lists=lists)
         return result
 
     def children(self, routes: Routes, level: int, result: Tensor) -> None:
-        """Add the gradients of the children at `level` from the tokens that opened their parent."""
+        """Add the gradients of the nodes at `level` from the tokens that opened their parent."""
         geometry = self.geometry
-        parents = geometry.sizes[level + 1]
-        if not parents:
+        families = -(-geometry.sizes[level] // COLUMNS)
+        if not families:
             return
-        places = routes.opened[:, :, :, level + 1, : geometry.beam]
-        order, items, first_item = sorted_items(places, parents)
-        readers = order % (self.shape.tokens * geometry.beam)
-        pair = torch.where(items[:, 0] >= 0, items[:, 0] // parents, -1)
-        items = torch.stack((pair, items[:, 0] % parents, items[:, 1], items[:, 2]), 1)
-        self._add_nodes(result, level, parents, items, first_item, readers, routes)
+        shape, device = self.shape, self.q.device
+        lead = (shape.batch, shape.key_heads, shape.tokens, geometry.beam)
+        family = torch.empty(lead, dtype=torch.int32, device=device)
+        words = torch.empty(lead, dtype=torch.int64, device=device)
+        entries = words.numel()
+        opened_backward.gather_children[(triton.cdiv(entries, 256),)](
+            routes.opened, routes.child_bits, family, words, entries, geometry.levels, level,
+            COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, BM=256, num_warps=4,
+        )  # fmt: skip
+        # An item leaves 64 KiB behind, so their number is bounded.
+        order, items, first_item = sorted_items(family, families, max(READERS, entries // 4096))
+        pair = torch.where(items[:, 0] >= 0, items[:, 0] // families, -1)
+        items = torch.stack((pair, items[:, 0] % families, items[:, 1], items[:, 2]), 1)
+        self._add_nodes(result, level, items, first_item, readers=(words, order))
 
-    def _add_nodes(self, result, level, groups, items, first_item, readers, routes) -> None:
+    def _add_nodes(
+        self,
+        result: Tensor,
+        level: int,
+        items: Tensor,
+        first_item: Tensor,
+        lists: tuple[Tensor, Tensor | None] | None = None,
+        readers: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Sum over the tokens that list nodes, without those they opened, or over the entries in `readers`."""
         shape, geometry = self.shape, self.geometry
-        width = geometry.radix * (2 * shape.width + 1)
+        width = COLUMNS * (2 * shape.width + 1)
         partial = torch.empty(len(items), width, device=self.q.device)
         nothing = self.offsets
-        masks = routes or (nothing, nothing, nothing)
-        tile = tile_of(shape, self.q.dtype)
+        bounds, base_bits = lists or (nothing, None)
         opened_backward.node_dkv[(len(items),)](
-            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, *masks,
-            nothing if readers is None else readers, items, self.dout, self.lse, self.delta, partial, *strides(self.q),
+            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets,
+            bounds, nothing if base_bits is None else base_bits, *(readers or (nothing, nothing)), items,
+            self.dout, self.lse, self.delta, partial, *strides(self.q),
             shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
-            BLOCK=geometry.block, RADIX=geometry.radix, RP=max(16, geometry.radix), WINDOW=geometry.window,
-            GUARD=geometry.guard, BEAM=geometry.beam, BM=64 if self.q.dtype != torch.float32 else 32,
-            LISTED=readers is None, MASKED=routes is not None, num_warps=4, num_stages=2, **tile,
+            LISTED=readers is None, MASKED=base_bits is not None, **node_tile(shape, geometry, self.q.dtype),
         )  # fmt: skip
-        total = torch.empty(shape.pairs * groups, width, device=self.q.device)
+        total = torch.empty(len(first_item) - 1, width, device=self.q.device)
         _sum(partial, first_item, total)
-        total = total.view(shape.batch, shape.key_heads, groups * geometry.radix, -1)
+        total = total.view(shape.batch, shape.key_heads, -1, 2 * shape.width + 1)
         begin, size = geometry.offsets[level], geometry.sizes[level]
-        size = min(size, groups * geometry.radix)
         result[:, begin : begin + size] += total[:, :, :size].transpose(1, 2)
 
     def opened(

@@ -28,7 +28,7 @@ def leaf_forward(
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Softmax means and log2 of the weights W of opened leaves: part (pairs, chunk, TOP_K, G, D), part_weight (pairs, chunk, TOP_K, G).
+    """Softmax means and log2 of the weights W of opened leaves: part (pairs, chunk, TOP_K, G, D), part_weight alike without D.
 
     items (., 3): leaf numbered through pairs of sequence and key head (-1: none), first and last place in `order`. order:
     positions in (pairs, chunk, TOP_K), sorted by leaf.
