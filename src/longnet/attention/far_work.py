@@ -60,8 +60,14 @@ class Geometry(NamedTuple):
 
     @property
     def listed(self) -> int:
-        """Room for the longest list of a level, a power of two."""
-        return max(16, triton.next_power_of_2(self.radix * (self.guard + 1) - 1))
+        """Room for the longest list from which anything is opened, a power of two: a capped tree's last level lists all."""
+        longest = max(self.radix * (self.guard + 1) - 1, min(32, self.sizes[-1]))
+        return max(16, triton.next_power_of_2(longest))
+
+    def candidates(self, level: int) -> int:
+        """Room for the candidates of any token at a level: children of what it opened one level up, and a list."""
+        above = min(self.beam, self.sizes[level + 1]) if level + 1 < self.levels else 0
+        return above * self.radix + self.listed
 
 
 class Shape(NamedTuple):
@@ -125,9 +131,13 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
         "BC": 64 if dtype != torch.float32 else 16,
         "num_warps": warps,
         "num_stages": stages,
+        **({} if kernel == "score" else {"STAGES": 3}),
         **cover_constants(geometry),
     }
 
+
+# Warps that search the candidates of one token.
+SELECT_WARPS = 1
 
 # (rows, warps, stages) of the kernels over the readers of a leaf.
 LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 1)}

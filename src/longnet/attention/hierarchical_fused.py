@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from longnet.attention.far_work import (
+    SELECT_WARPS,
     Geometry,
     Routes,
     Tables,
@@ -138,9 +139,9 @@ def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tabl
     kbar, _, entropy, _ = summaries
     tables = Tables(shape, geometry, chunk, q.device)
     budget = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
-    places = geometry.beam * geometry.radix + geometry.listed
-    scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
     for level in range(geometry.levels - 1, -1, -1):
+        places = geometry.candidates(level)
+        scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
         table = (tables.united[level], tables.members[level], tables.places[level], tables.sizes[level])
         routing.score[tables.grid](
             q, kbar, entropy, offsets, routes.opened, *table, scores, *strides(q), shape.tokens, kbar.shape[1],
@@ -149,7 +150,7 @@ def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tabl
         )  # fmt: skip
         routing.select[(chunk.tokens, shape.pairs)](
             scores, *routes, shape.tokens, geometry.levels, level, chunk.first, places,
-            MOST=triton.next_power_of_2(places), num_warps=1, **budget, **cover_constants(geometry),
+            MOST=triton.next_power_of_2(places), num_warps=SELECT_WARPS, **budget, **cover_constants(geometry),
         )  # fmt: skip
         if level:
             tables.unite(routes, level)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
-from longnet.kernels.routing import column_nodes, load_rows
+from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def far_dq(
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of the far queries, per query dbias (B, N, H, levels) and dmix (B, N, H): the summaries' share, and the sum of the
     places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`)."""
@@ -82,15 +82,14 @@ def far_dq(
                 sums += tl.sum(ds, 1)
             tl.store(dbias + at_scalar * levels + level, sums, ok)
         acc = acc * scale
-        slot = (pair * num_tokens + token) * levels * WIDTH
+        places = count_places(opened + (pair * num_tokens + token) * levels * WIDTH, ok, TOP_K)
         dbias_sum = sums
         dmix_sum = tl.zeros((T * GP,), tl.float32)
-        for n in tl.range(0, TOP_K):
-            there = tl.load(opened + slot + n, ok, -1) >= 0
+        for n in tl.range(0, TOP_K, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
-            acc += tl.load(part + place[:, None] * D + d[None, :], there[:, None] & row_ok, 0.0).to(
-                tl.float32
-            )
+            there = n < places
+            seen = there[:, None] & (d < D)[None, :]
+            acc += tl.load(part + place[:, None] * D + d[None, :], seen, 0.0).to(tl.float32)
             dbias_sum += tl.load(part_score + place, there, 0.0)
             dmix_sum += tl.load(part_mix + place, there, 0.0)
         tl.store(dbias + at_scalar * levels, dbias_sum, ok)

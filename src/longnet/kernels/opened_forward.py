@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
-from longnet.kernels.routing import column_nodes, load_rows
+from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def far_attend(
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Join unopened summaries and opened leaves with the local result in out and lse, which are replaced.
 
@@ -74,11 +74,12 @@ def far_attend(
                 total = total * rescale + tl.sum(p, 1)
                 acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
                 m = new
-        slot = (pair * num_tokens + token) * levels * WIDTH
-        for n in tl.range(0, TOP_K):
-            there = tl.load(opened + slot + n, ok, -1) >= 0
+        places = count_places(opened + (pair * num_tokens + token) * levels * WIDTH, ok, TOP_K)
+        for n in tl.range(0, TOP_K, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
-            o = tl.load(part + place[:, None] * D + d[None, :], there[:, None] & row_ok, 0.0).to(tl.float32)
+            there = n < places
+            seen = there[:, None] & (d < D)[None, :]
+            o = tl.load(part + place[:, None] * D + d[None, :], seen, 0.0).to(tl.float32)
             weight = tl.load(part_weight + place, there, float("-inf"))
             new = tl.maximum(m, weight)
             rescale = tl.exp2(m - new)

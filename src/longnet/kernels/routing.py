@@ -30,6 +30,15 @@ def count_opened(opened_above, level, levels, BEAM: tl.constexpr):
 
 
 @triton.jit
+def count_places(opened, ok, TOP_K: tl.constexpr):
+    """How many places are filled in every list that `opened` points to; lists are filled from the front."""
+    count = tl.zeros_like(ok.to(tl.int32))
+    for n in tl.range(0, TOP_K):
+        count += (tl.load(opened + n, ok, -1) >= 0).to(tl.int32)
+    return count
+
+
+@triton.jit
 def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
     """Node number of column c."""
     is_child = c < union_size * RADIX
