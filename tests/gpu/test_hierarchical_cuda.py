@@ -84,6 +84,8 @@ CASES = [
     (2500, 4, 4, 128, HierarchicalPattern(radix=16, top_k=0)),
     (2601, 6, 2, 80, HierarchicalPattern(radix=4, top_k=4, beam=8)),
     (1801, 3, 1, 24, HierarchicalPattern(block=32, radix=4, window_blocks=3, guard=2, top_k=4, beam=8)),
+    # more than 64 nodes in a level: several families
+    (2401, 4, 1, 64, HierarchicalPattern(block=16, radix=4, window_blocks=2, top_k=4, beam=16)),
     (511, 2, 2, 64, HierarchicalPattern()),
     (1, 2, 2, 64, HierarchicalPattern()),
 ]

@@ -109,16 +109,22 @@ COVER_TILES = {
     "dq": ((2, 8, 3), (1, 4, 2)),
     "dkv": ((1, 4, 2), (1, 4, 2)),
 }
+# Keys of the window that the forward pass takes at a time, at least a block.
+WINDOW_KEYS = 64
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
     even = shape.group % 2 == 0 and dtype != torch.float32
     heads, warps, stages = COVER_TILES[kernel][0 if even else 1]
     tile = tile_of(shape, dtype) | {"HG": heads, "BLOCK": geometry.block, "WINDOW": geometry.window}
+    if kernel == "forward":
+        tile["BK"] = max(geometry.block, WINDOW_KEYS)
     return tile | {"num_warps": warps, "num_stages": stages if dtype != torch.float32 else 1}
 
 
-# (warps, stages) of the kernels over tiles of tokens.
+# Rows of a tile of tokens, (warps, stages) of the kernels over such tiles, and how many places of opened leaves are on their way.
+FAR_ROWS = 64
+PLACE_STAGES = 3
 FAR_TILES = {"score": (4, 2), "attend": (4, 2), "dq": (4, 2)}
 
 
@@ -131,7 +137,6 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
         "BC": 64 if dtype != torch.float32 else 16,
         "num_warps": warps,
         "num_stages": stages,
-        **({} if kernel == "score" else {"STAGES": 3}),
         **cover_constants(geometry),
     }
 
@@ -172,8 +177,8 @@ def cover_constants(geometry: Geometry) -> dict:
 
 
 def tokens_per_tile(group: int) -> int:
-    """64 rows where the group allows, no more than 16 tokens: what they open differs."""
-    return min(16, max(1, 64 // triton.next_power_of_2(group)))
+    """FAR_ROWS where the group allows, no more than 16 tokens: what they open differs."""
+    return min(16, max(1, FAR_ROWS // triton.next_power_of_2(group)))
 
 
 class Chunk(NamedTuple):

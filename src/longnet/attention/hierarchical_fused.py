@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from longnet.attention.far_work import (
+    PLACE_STAGES,
     SELECT_WARPS,
     Geometry,
     Routes,
@@ -129,7 +130,7 @@ def forward(
         opened_forward.far_attend[tables.grid](
             q, *summaries, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_weight,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, q.dtype, "attend"),
+            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
     return out, lse, routes
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longnet.attention.far_work import (
     COLUMNS,
+    PLACE_STAGES,
     READERS,
     Geometry,
     Routes,
@@ -241,7 +242,7 @@ class _Far(NamedTuple):
             tables.united, tables.sizes, tables.kept, part, part_score, part_mix, self.dout, self.lse, self.delta,
             dq, dbias, dmix, *strides(self.q), shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads,
             geometry.levels, self.scale, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, self.q.dtype, "dq"),
+            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, self.q.dtype, "dq"),
         )  # fmt: skip
 
 

@@ -61,10 +61,11 @@ def cover_forward(
     q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, scale,
-    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, PREC: tl.constexpr,
+    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """out and lse (natural) of one softmax over the local window and, if LISTS, all listed summaries."""
+    """out and lse (natural) of one softmax over the local window, BK keys (whole blocks) at a time, and, if LISTS, all listed
+    summaries."""
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) * HG
     b = tl.program_id(2).to(tl.int64)
@@ -81,10 +82,12 @@ def cover_forward(
     m = tl.full((BLOCK * HG,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK * HG,), tl.float32)
     acc = tl.zeros((BLOCK * HG, BD), tl.float32)
-    col = tl.arange(0, BLOCK)
+    col = tl.arange(0, BK)
     k_base = k_local + b * skb + kh * skh
     v_base = v + b * svb + kh * svh
-    for j in tl.range(first, i):
+    # The last keys, the query's own block among them, need a mask.
+    last = first + (i - first) // (BK // BLOCK) * (BK // BLOCK)
+    for j in tl.range(first, last, BK // BLOCK):
         at = (j * BLOCK + col).to(tl.int64)
         kt = tl.load(k_base + at[None, :] * skn + d[:, None], (d < D)[:, None], 0.0)
         vt = tl.load(v_base + at[:, None] * svn + d[None, :], (d < D)[None, :], 0.0)
@@ -95,12 +98,12 @@ def cover_forward(
         total = total * rescale + tl.sum(p, 1)
         acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
         m = new
-    at = (i * BLOCK + col).to(tl.int64)
+    at = (last * BLOCK + col).to(tl.int64)
     at_ok = at < num_tokens
     kt = tl.load(k_base + at[None, :] * skn + d[:, None], at_ok[None, :] & (d < D)[:, None], 0.0)
     vt = tl.load(v_base + at[:, None] * svn + d[None, :], at_ok[:, None] & (d < D)[None, :], 0.0)
     s = tl.dot(qt, kt, input_precision=PREC) * scale2
-    s = tl.where(col[None, :] <= (row % BLOCK)[:, None], s, float("-inf"))
+    s = tl.where(last * BLOCK + col[None, :] <= token[:, None], s, float("-inf"))
     new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - new[:, None])
     rescale = tl.exp2(m - new)
@@ -116,17 +119,21 @@ def cover_forward(
                 node, level = listed_nodes(c, first, offsets, levels, RADIX, GUARD)
                 node_row = (b * num_nodes + node) * num_key_heads + kh
                 ok = c < listed
-                kt = tl.load(kbar + node_row[None, :] * D + d[:, None], ok[None, :] & (d < D)[:, None], 0.0)
-                vt = tl.load(vbar + node_row[:, None] * D + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
+                k_far = tl.load(
+                    kbar + node_row[None, :] * D + d[:, None], ok[None, :] & (d < D)[:, None], 0.0
+                )
+                v_far = tl.load(
+                    vbar + node_row[:, None] * D + d[None, :], ok[:, None] & (d < D)[None, :], 0.0
+                )
                 bias = tl.load(entropy + node_row, ok, 0.0)[None, :]
                 bias += tl.load(level_bias + heads[:, None] * levels + level[None, :])
-                s = tl.dot(qf, kt, input_precision=PREC) * scale2 + bias * 1.4426950408889634
-                s = tl.where(ok[None, :], s, float("-inf"))
-                new = tl.maximum(m, tl.max(s, 1))
-                p = tl.exp2(s - new[:, None])
+                s_far = tl.dot(qf, k_far, input_precision=PREC) * scale2 + bias * 1.4426950408889634
+                s_far = tl.where(ok[None, :], s_far, float("-inf"))
+                new = tl.maximum(m, tl.max(s_far, 1))
+                p_far = tl.exp2(s_far - new[:, None])
                 rescale = tl.exp2(m - new)
-                total = total * rescale + tl.sum(p, 1)
-                acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
+                total = total * rescale + tl.sum(p_far, 1)
+                acc = tl.dot(p_far.to(v_far.dtype), v_far, acc * rescale[:, None], input_precision=PREC)
                 m = new
     at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
     tl.store(out + at_out * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), row_ok)
