@@ -123,13 +123,16 @@ def test_kernels_against_a_dense_softmax(tokens, heads, key_heads, width, patter
     for name, a, b in zip(
         ("out", *(f"gradient {i}" for i in range(10))), (out, *found), (true, *wanted), strict=True
     ):
+        if a is None:
+            assert b is None or not b.any(), name
+            continue
         b = torch.zeros_like(a) if b is None else b
         # bf16 products and one rounding: 2^-8 in the mean of many terms
         assert (a.double() - b).norm() <= 1e-2 * b.norm() + 1e-3, name
     again = run()
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
-    assert all(torch.equal(a, b) for a, b in zip(found, again[3], strict=True))
+    assert all(a is None or torch.equal(a, b) for a, b in zip(found, again[3], strict=True))
 
 
 def test_chunks_of_the_leaf_buffer_change_nothing(monkeypatch):

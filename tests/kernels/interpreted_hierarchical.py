@@ -13,6 +13,8 @@ from longnet.attention.pyramid_fused import build_pyramid_fused
 CASES = {
     # block 16 is the least that a tile may be; pattern, tokens, heads, key heads, width, beta
     "summaries": (HierarchicalPattern(16, 4, 2, 1, None, 0), 117, 2, 2, 16, 1.0),
+    # without rotary: the same queries near and far
+    "joint": (HierarchicalPattern(16, 4, 1, 0, None, 0), 69, 2, 1, 16, 1.0),
     "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 4, 2, 24, 0.3),
     # two families of nodes, and several items for most of them
     "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 175, 2, 1, 16, 0.0),
@@ -45,6 +47,8 @@ def main(name: str) -> None:
     def run(exact: bool):
         inputs = [(x.double() if exact else x.clone()).requires_grad_() for x in (*tensors, prior, bias, mix)]
         q, k, v, q_local, k_local, p, level_bias, router_mix = inputs
+        if name in ("joint", "groups"):
+            q_local = q
         if exact:
             out, lse = hierarchical_attention_reference(
                 q, k, v, q_local, k_local, pattern, True, scale, p, level_bias, router_mix

@@ -305,11 +305,13 @@ def empty_routes(shape: Shape, geometry: Geometry, device: torch.device) -> Rout
 
 
 @functools.lru_cache(maxsize=64)
-def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> tuple[np.ndarray, ...]:
-    """Work items (0, family, first token, last token) of a level's lists, the first item of every family, and the lists [lo, hi)
-    of all blocks."""
-    block, radix = geometry.block, geometry.radix
-    blocks = -(-tokens // block)
+def listed_items(
+    geometry: Geometry, shape: Shape, level: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Work items (pair, family, first token, last token) of a level's lists, the first item of every family, and the lists
+    [lo, hi) of all blocks."""
+    block, radix, readers = geometry.block, geometry.radix, max(1, READERS * 4 // shape.group)
+    blocks = -(-shape.tokens // block)
     hi = np.maximum(0, np.arange(blocks) - geometry.window + 1)
     lo = hi
     for at in range(level + 1):
@@ -319,10 +321,12 @@ def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> t
         if at == geometry.levels - 1:
             lo = np.zeros_like(hi)
     rows, first = [], [0]
-    for family in range(-(-geometry.sizes[level] // COLUMNS)):
-        begin = int(np.searchsorted(hi, family * COLUMNS, side="right")) * block
-        end = min(tokens, int(np.searchsorted(lo, (family + 1) * COLUMNS, side="left")) * block)
-        rows += [(0, family, at, min(at + readers, end)) for at in range(begin, end, readers)]
-        first.append(len(rows))
-    bounds = np.stack((lo, hi), 1).astype(np.int32)
-    return np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(first, dtype=np.int64), bounds
+    for pair in range(shape.pairs):
+        for family in range(-(-geometry.sizes[level] // COLUMNS)):
+            begin = int(np.searchsorted(hi, family * COLUMNS, side="right")) * block
+            end = min(shape.tokens, int(np.searchsorted(lo, (family + 1) * COLUMNS, side="left")) * block)
+            rows += [(pair, family, at, min(at + readers, end)) for at in range(begin, end, readers)]
+            first.append(len(rows))
+    items = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 4)
+    bounds = torch.from_numpy(np.stack((lo, hi), 1).astype(np.int32)).to(device)
+    return items, torch.tensor(first, dtype=torch.int64, device=device), bounds

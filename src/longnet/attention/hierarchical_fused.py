@@ -43,12 +43,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all tensors."""
     geometry = Geometry.of(pattern, q.shape[1])
-    q, k, v, q_local, k_local = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_local, k_local)
-    )
+    inputs = (q, k, v, None if q_local is q else q_local, k_local)
+    inputs = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in inputs)
     summaries = (pyramid.kbar.contiguous(), pyramid.vbar.contiguous(), pyramid.entropy.float().contiguous())
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
-    return _Attend.apply(q, k, v, q_local, k_local, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
+    return _Attend.apply(*inputs, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
 
 
 class _Attend(torch.autograd.Function):
@@ -78,7 +77,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_local: Tensor,
+    q_local: Tensor | None,
     k_local: Tensor,
     kbar: Tensor,
     vbar: Tensor,
@@ -91,10 +90,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Routes | None]:
     """out (B, N, H, D), lse (B, H, N) and what was opened.
 
-    q, k: for far tokens and summaries; q_local, k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy (B, nodes, K):
-    the levels one after the other. level_bias (H, levels), router_mix (H,) fp32. `routes` given: they are obeyed.
+    q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
+    (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32. `routes` given: they are obeyed.
     """
     shape = shape_of(q, k)
+    q_local = q if q_local is None else q_local
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "forward")

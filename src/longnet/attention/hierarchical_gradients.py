@@ -37,7 +37,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_local: Tensor,
+    q_local: Tensor | None,
     k_local: Tensor,
     kbar: Tensor,
     vbar: Tensor,
@@ -49,23 +49,29 @@ def backward(
     routes: Routes | None,
     geometry: Geometry,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order.
+
+    q_local None: q was read inside the window too; None is its gradient, and that of k where no token reached beyond summaries.
+    """
     shape = shape_of(q, k)
     dout = dout.contiguous()
     delta = cover.row_dot(dout, out, dlse)
     offsets = offsets_of(geometry, q.device)
     sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
-    dq, dq_local = torch.zeros_like(q, memory_format=torch.contiguous_format), _like(q)
+    opening, joint = routes is not None, q_local is None
+    q_local = q if q_local is None else q_local
+    dq_local = _like(q)
+    # Queries without a far context are left out by the kernels of what was opened.
+    dq = dq_local if joint else torch.zeros_like(dq_local) if opening else _like(q)
     dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
     dmix = torch.zeros(shape.batch, shape.tokens, shape.heads, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "dq")
     blocks = -(-shape.tokens // geometry.block)
-    opening = routes is not None
     cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
         q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
         *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
-        BN=64, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+        BN=64, RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, JOINT=joint and not opening, **tile,
     )  # fmt: skip
     dk_local, dv = _like(k), torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
     tile = cover_tile(shape, geometry, q.dtype, "dkv")
@@ -90,16 +96,16 @@ def backward(
         lse,
         delta,
     )
-    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    dk = None
     dnodes = far.listed(routes)
     if routes is not None:
         for level in range(geometry.levels - 1):
             far.children(routes, level, dnodes)
-        dk = far.opened(routes, dq, dbias, dmix, dv, dnodes)
+        dk = far.opened(routes, dq, joint, dbias, dmix, dv, dnodes)
     dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
     return (
-        dq, dk, dv.to(v.dtype), dq_local, dk_local, dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0],
-        dbias.sum((0, 1)), dmix.sum((0, 1)),
+        dq, dk, dv.to(v.dtype), None if joint else dq_local, dk_local,
+        dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0], dbias.sum((0, 1)), dmix.sum((0, 1)),
     )  # fmt: skip
 
 
@@ -133,17 +139,10 @@ class _Far(NamedTuple):
             shape.batch, self.kbar.shape[1], shape.key_heads, 2 * shape.width + 1, device=self.q.device
         )
         for level in range(geometry.levels):
-            table, first, bounds = listed_items(geometry, shape.tokens, level, READERS * 4 // shape.group)
-            if not len(table):
-                continue
-            items = torch.from_numpy(table).to(self.q.device)
-            pairs = torch.arange(shape.pairs, device=self.q.device)
-            items = items.expand(shape.pairs, -1, -1).clone()
-            items[:, :, 0] = pairs[:, None]
-            first_item = torch.from_numpy(first).to(self.q.device)[None, :-1] + pairs[:, None] * len(table)
-            first_item = torch.cat((first_item.flatten(), first_item.new_tensor([shape.pairs * len(table)])))
-            lists = (torch.from_numpy(bounds).to(self.q.device), None if routes is None else routes.base_bits)
-            self._add_nodes(result, level, items.flatten(0, 1), first_item, lists=lists)
+            items, first_item, bounds = listed_items(geometry, shape, level, self.q.device)
+            if len(items):
+                lists = (bounds, None if routes is None else routes.base_bits)
+                self._add_nodes(result, level, items, first_item, lists=lists)
         return result
 
     def children(self, routes: Routes, level: int, result: Tensor) -> None:
@@ -196,15 +195,23 @@ class _Far(NamedTuple):
         result[:, begin : begin + size] += total[:, :, :size].transpose(1, 2)
 
     def opened(
-        self, routes: Routes, dq: Tensor, dbias: Tensor, dmix: Tensor, dv: Tensor, dnodes: Tensor
+        self,
+        routes: Routes,
+        dq: Tensor,
+        add: bool,
+        dbias: Tensor,
+        dmix: Tensor,
+        dv: Tensor,
+        dnodes: Tensor,
     ) -> Tensor:
-        """Gradients of the far queries into dq, dbias, dmix; through opened leaves: returns dk, adds to dv and to the nodes."""
+        """Through opened leaves: returns dk, adds to dv and to the nodes. And the gradients of the far queries: into dbias,
+        dmix and dq, there `add`ed to what it holds."""
         shape, geometry = self.shape, self.geometry
         leaves, block, width = geometry.sizes[0], geometry.block, shape.width
         dkv = torch.zeros(shape.pairs * leaves, 2 * block * width, device=self.q.device)
         dnode = torch.zeros(shape.pairs * leaves, width + 1, device=self.q.device)
         for chunk in chunks(shape, geometry, self.q.element_size()):
-            self._chunk(routes, chunk, dq, dbias, dmix, dkv, dnode)
+            self._chunk(routes, chunk, dq, add, dbias, dmix, dkv, dnode)
         dkv = dkv.view(shape.batch, shape.key_heads, leaves, 2, block, width)
         covered = leaves * block
         dk = torch.zeros(
@@ -217,7 +224,7 @@ class _Far(NamedTuple):
         dnodes[:, :leaves, :, -1] += dnode[..., -1]
         return dk
 
-    def _chunk(self, routes, chunk, dq, dbias, dmix, dkv, dnode) -> None:
+    def _chunk(self, routes, chunk, dq, add, dbias, dmix, dkv, dnode) -> None:
         """The readers of one chunk of tokens: their dq, and what they add to every leaf."""
         shape, geometry, device = self.shape, self.geometry, self.q.device
         order, items, first_item = leaf_items(routes, shape, geometry, chunk)
@@ -242,7 +249,8 @@ class _Far(NamedTuple):
             tables.united, tables.sizes, tables.kept, part, part_score, part_mix, self.dout, self.lse, self.delta,
             dq, dbias, dmix, *strides(self.q), shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads,
             geometry.levels, self.scale, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, self.q.dtype, "dq"),
+            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, ADD=add,
+            **far_tile(shape, geometry, self.q.dtype, "dq"),
         )  # fmt: skip
 
 

@@ -147,9 +147,11 @@ def cover_dq(
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, PREC: tl.constexpr,
+    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the local queries, and if LISTS of the far queries and (per query) of the level biases.
+    """Gradients of the local queries, and if LISTS of the far queries and (per query) of the level biases. JOINT: both are
+    the same queries, and the sum goes to dq.
 
     dbias (B, N, H, levels), zeros, receives the sums of the logit gradients of every level.
     """
@@ -193,10 +195,12 @@ def cover_dq(
     p = tl.where(col[None, :] <= (row % BLOCK)[:, None], tl.exp2(s - lse2[:, None]), 0.0)
     ds = p * (tl.dot(do, vt, input_precision=PREC) - dl[:, None])
     acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-    tl.store(dq_local + at_out * D + d[None, :], (acc * scale).to(dq_local.dtype.element_ty), row_ok)
+    if not JOINT:
+        tl.store(dq_local + at_out * D + d[None, :], (acc * scale).to(dq_local.dtype.element_ty), row_ok)
     if LISTS:
         qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
-        acc = tl.zeros((BLOCK * HG, BD), tl.float32)
+        if not JOINT:
+            acc = tl.zeros((BLOCK * HG, BD), tl.float32)
         listed = count_listed(first, levels, RADIX, GUARD)
         at_bias = ((b * num_tokens + token) * num_heads + heads) * levels
         for begin in range(0, listed, BN):

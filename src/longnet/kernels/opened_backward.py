@@ -22,10 +22,11 @@ def far_dq(
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of the far queries, per query dbias (B, N, H, levels) and dmix (B, N, H): the summaries' share, and the sum of the
-    places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`)."""
+    places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`). ADD: to what dq holds."""
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -92,6 +93,8 @@ def far_dq(
             acc += tl.load(part + place[:, None] * D + d[None, :], seen, 0.0).to(tl.float32)
             dbias_sum += tl.load(part_score + place, there, 0.0)
             dmix_sum += tl.load(part_mix + place, there, 0.0)
+        if ADD:
+            acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
         tl.store(dbias + at_scalar * levels, dbias_sum, ok)
         tl.store(dmix + at_scalar, dmix_sum, ok)
         tl.store(dq + at_out, acc.to(dq.dtype.element_ty), row_ok)
