@@ -86,12 +86,11 @@ def forward(
     router_mix: Tensor,
     geometry: Geometry,
     scale: float,
-    routes: Routes | None = None,
 ) -> tuple[Tensor, Tensor, Routes | None]:
     """out (B, N, H, D), lse (B, H, N) and what was opened.
 
     q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
-    (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32. `routes` given: they are obeyed.
+    (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32.
     """
     shape = shape_of(q, k)
     q_local = q if q_local is None else q_local
@@ -110,13 +109,9 @@ def forward(
     if not opening:
         return out, lse, None
     summaries = (kbar, vbar, entropy, level_bias)
-    chosen = routes is None
-    routes = empty_routes(shape, geometry, q.device) if routes is None else routes
+    routes = empty_routes(shape, geometry, q.device)
     for chunk in chunks(shape, geometry, q.element_size()):
-        if chosen:
-            tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
-        else:
-            tables = Tables.of(routes, shape, geometry, chunk)
+        tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
         order, items, _ = leaf_items(routes, shape, geometry, chunk)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)

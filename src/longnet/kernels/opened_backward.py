@@ -83,16 +83,14 @@ def far_dq(
                 sums += tl.sum(ds, 1)
             tl.store(dbias + at_scalar * levels + level, sums, ok)
         acc = acc * scale
-        places = count_places(opened + (pair * num_tokens + token) * levels * WIDTH, ok, TOP_K)
+        places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
         dbias_sum = sums
         dmix_sum = tl.zeros((T * GP,), tl.float32)
-        for n in tl.range(0, TOP_K, num_stages=STAGES):
+        for n in tl.range(0, places, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
-            there = n < places
-            seen = there[:, None] & (d < D)[None, :]
-            acc += tl.load(part + place[:, None] * D + d[None, :], seen, 0.0).to(tl.float32)
-            dbias_sum += tl.load(part_score + place, there, 0.0)
-            dmix_sum += tl.load(part_mix + place, there, 0.0)
+            acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+            dbias_sum += tl.load(part_score + place, ok, 0.0)
+            dmix_sum += tl.load(part_mix + place, ok, 0.0)
         if ADD:
             acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
         tl.store(dbias + at_scalar * levels, dbias_sum, ok)

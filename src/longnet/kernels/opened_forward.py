@@ -74,13 +74,11 @@ def far_attend(
                 total = total * rescale + tl.sum(p, 1)
                 acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
                 m = new
-        places = count_places(opened + (pair * num_tokens + token) * levels * WIDTH, ok, TOP_K)
-        for n in tl.range(0, TOP_K, num_stages=STAGES):
+        places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
+        for n in tl.range(0, places, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
-            there = n < places
-            seen = there[:, None] & (d < D)[None, :]
-            o = tl.load(part + place[:, None] * D + d[None, :], seen, 0.0).to(tl.float32)
-            weight = tl.load(part_weight + place, there, float("-inf"))
+            o = tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+            weight = tl.load(part_weight + place, ok, float("-inf"))
             new = tl.maximum(m, weight)
             rescale = tl.exp2(m - new)
             share = tl.exp2(weight - new)

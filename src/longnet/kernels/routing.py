@@ -30,11 +30,11 @@ def count_opened(opened_above, level, levels, BEAM: tl.constexpr):
 
 
 @triton.jit
-def count_places(opened, ok, TOP_K: tl.constexpr):
-    """How many places are filled in every list that `opened` points to; lists are filled from the front."""
-    count = tl.zeros_like(ok.to(tl.int32))
-    for n in tl.range(0, TOP_K):
-        count += (tl.load(opened + n, ok, -1) >= 0).to(tl.int32)
+def count_places(opened, TOP_K: tl.constexpr):
+    """How many leaves a token opened; tokens of one block open equally many."""
+    count = 0
+    for n in tl.static_range(TOP_K):
+        count += (tl.load(opened + n) >= 0).to(tl.int32)
     return count
 
 
