@@ -64,10 +64,10 @@ class Geometry(NamedTuple):
         longest = max(self.radix * (self.guard + 1) - 1, min(32, self.sizes[-1]))
         return max(16, triton.next_power_of_2(longest))
 
-    def candidates(self, level: int) -> int:
-        """Room for the candidates of any token at a level: children of what it opened one level up, and a list."""
-        above = min(self.beam, self.sizes[level + 1]) if level + 1 < self.levels else 0
-        return above * self.radix + self.listed
+    def parents(self, level: int) -> int:
+        """Room for the nodes that a token opens one level up, a power of two."""
+        above = self.sizes[level + 1] if level + 1 < self.levels else 0
+        return triton.next_power_of_2(max(1, min(self.beam, above)))
 
 
 class Shape(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from longnet.attention.far_work import (
@@ -136,7 +135,8 @@ def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tabl
     tables = Tables(shape, geometry, chunk, q.device)
     budget = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
     for level in range(geometry.levels - 1, -1, -1):
-        places = geometry.candidates(level)
+        parents = geometry.parents(level)
+        places = parents * geometry.radix + geometry.listed
         scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
         table = (tables.united[level], tables.members[level], tables.places[level], tables.sizes[level])
         routing.score[tables.grid](
@@ -146,7 +146,7 @@ def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tabl
         )  # fmt: skip
         routing.select[(chunk.tokens, shape.pairs)](
             scores, *routes, shape.tokens, geometry.levels, level, chunk.first, places,
-            MOST=triton.next_power_of_2(places), num_warps=SELECT_WARPS, **budget, **cover_constants(geometry),
+            PARENTS=parents, LISTED=geometry.listed, num_warps=SELECT_WARPS, **budget, **cover_constants(geometry),
         )  # fmt: skip
         if level:
             tables.unite(routes, level)
