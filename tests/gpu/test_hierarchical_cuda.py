@@ -84,6 +84,8 @@ CASES = [
     (2500, 4, 4, 128, HierarchicalPattern(radix=16, top_k=0)),
     (2601, 6, 2, 80, HierarchicalPattern(radix=4, top_k=4, beam=8)),
     (1801, 3, 1, 24, HierarchicalPattern(block=32, radix=4, window_blocks=3, guard=2, top_k=4, beam=8)),
+    # more than 64 nodes in a level: several families
+    (2401, 4, 1, 64, HierarchicalPattern(block=16, radix=4, window_blocks=2, top_k=4, beam=16)),
     (511, 2, 2, 64, HierarchicalPattern()),
     (1, 2, 2, 64, HierarchicalPattern()),
 ]
@@ -121,13 +123,16 @@ def test_kernels_against_a_dense_softmax(tokens, heads, key_heads, width, patter
     for name, a, b in zip(
         ("out", *(f"gradient {i}" for i in range(10))), (out, *found), (true, *wanted), strict=True
     ):
+        if a is None:
+            assert b is None or not b.any(), name
+            continue
         b = torch.zeros_like(a) if b is None else b
         # bf16 products and one rounding: 2^-8 in the mean of many terms
         assert (a.double() - b).norm() <= 1e-2 * b.norm() + 1e-3, name
     again = run()
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
-    assert all(torch.equal(a, b) for a, b in zip(found, again[3], strict=True))
+    assert all(a is None or torch.equal(a, b) for a, b in zip(found, again[3], strict=True))
 
 
 def test_chunks_of_the_leaf_buffer_change_nothing(monkeypatch):

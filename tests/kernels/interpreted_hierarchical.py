@@ -5,7 +5,7 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import far_work, hierarchical_fused
+from longnet.attention import far_work, hierarchical_fused, hierarchical_gradients
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import build_pyramid_fused
@@ -13,7 +13,10 @@ from longnet.attention.pyramid_fused import build_pyramid_fused
 CASES = {
     # block 16 is the least that a tile may be; pattern, tokens, heads, key heads, width, beta
     "summaries": (HierarchicalPattern(16, 4, 2, 1, None, 0), 117, 2, 2, 16, 1.0),
+    # without rotary: the same queries near and far
+    "joint": (HierarchicalPattern(16, 4, 1, 0, None, 0), 69, 2, 1, 16, 1.0),
     "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 4, 2, 24, 0.3),
+    # two families of nodes, and several items for most of them
     "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 175, 2, 1, 16, 0.0),
     "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 167, 3, 1, 16, 1.0),
     # two or three chunks of the buffer of opened leaves, and a group that is no power of two
@@ -26,6 +29,9 @@ def main(name: str) -> None:
     pattern, tokens, heads, key_heads, width, beta = CASES[name]
     if name == "chunks":
         far_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
+    if name == "levels":
+        far_work.COLUMNS = hierarchical_gradients.COLUMNS = 8
+        hierarchical_gradients.READERS = 24
     torch.manual_seed(0)
     shapes = [
         (1, tokens, heads, width),
@@ -41,6 +47,8 @@ def main(name: str) -> None:
     def run(exact: bool):
         inputs = [(x.double() if exact else x.clone()).requires_grad_() for x in (*tensors, prior, bias, mix)]
         q, k, v, q_local, k_local, p, level_bias, router_mix = inputs
+        if name in ("joint", "groups"):
+            q_local = q
         if exact:
             out, lse = hierarchical_attention_reference(
                 q, k, v, q_local, k_local, pattern, True, scale, p, level_bias, router_mix

@@ -12,7 +12,9 @@ SCRIPT = Path(__file__).with_name("interpreted_hierarchical.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("case", ["summaries", "groups", "levels", "capped", "chunks", "short", "pyramids"])
+@pytest.mark.parametrize(
+    "case", ["summaries", "joint", "groups", "levels", "capped", "chunks", "short", "pyramids"]
+)
 def test_kernels_equal_the_oracle(case):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

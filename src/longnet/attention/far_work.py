@@ -16,6 +16,9 @@ from longnet.patterns import HierarchicalPattern
 # Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
 READERS = 1024
 
+# Neighbouring nodes whose gradients one program sums: the rows of its products, the bits of a reader's word.
+COLUMNS = 64
+
 # Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
 CHUNK_BYTES = 2**30
 
@@ -57,8 +60,14 @@ class Geometry(NamedTuple):
 
     @property
     def listed(self) -> int:
-        """Room for the longest list of a level, a power of two."""
-        return max(16, triton.next_power_of_2(self.radix * (self.guard + 1) - 1))
+        """Room for the longest list from which anything is opened, a power of two: a capped tree's last level lists all."""
+        longest = max(self.radix * (self.guard + 1) - 1, min(32, self.sizes[-1]))
+        return max(16, triton.next_power_of_2(longest))
+
+    def parents(self, level: int) -> int:
+        """Room for the nodes that a token opens one level up, a power of two."""
+        above = self.sizes[level + 1] if level + 1 < self.levels else 0
+        return triton.next_power_of_2(max(1, min(self.beam, above)))
 
 
 class Shape(NamedTuple):
@@ -100,6 +109,8 @@ COVER_TILES = {
     "dq": ((2, 8, 2, None), (1, 4, 2, None)),
     "dkv": ((1, 4, 2, None), (1, 4, 2, None)),
 }
+# Keys of the window that the forward pass takes at a time, at least a block.
+WINDOW_KEYS = 64
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
@@ -108,6 +119,8 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
     tile = tile_of(shape, dtype) | {"BLOCK": geometry.block, "WINDOW": geometry.window}
     if kernel != "dkv":
         tile["HG"] = heads
+    if kernel == "forward":
+        tile["BK"] = max(geometry.block, WINDOW_KEYS)
     return tile | {
         "num_warps": warps,
         "num_stages": stages if dtype != torch.float32 else 1,
@@ -115,7 +128,9 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
     }
 
 
-# (warps, stages) of the kernels over tiles of tokens.
+# Rows of a tile of tokens, (warps, stages) of the kernels over such tiles, and how many places of opened leaves are on their way.
+FAR_ROWS = 64
+PLACE_STAGES = 3
 FAR_TILES = {"score": (4, 2), "attend": (4, 2), "dq": (4, 2)}
 
 
@@ -132,6 +147,9 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
     }
 
 
+# Warps that search the candidates of one token.
+SELECT_WARPS = 1
+
 # (rows, warps, stages) of the kernels over the readers of a leaf.
 LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 1)}
 
@@ -141,6 +159,18 @@ def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     if dtype == torch.float32:
         rows, stages = 32, 1
     return tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+
+
+# (rows, warps, stages) of the kernel over the readers of COLUMNS nodes.
+NODE_TILE = (128, 8, 2)
+
+
+def node_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+    rows, warps, stages = NODE_TILE
+    if dtype == torch.float32:
+        rows, stages = 32, 1
+    tile = tile_of(shape, dtype) | {"COLUMNS": COLUMNS, "BM": rows, "num_warps": warps, "num_stages": stages}
+    return tile | {"BLOCK": geometry.block, "BEAM": geometry.beam}
 
 
 def cover_constants(geometry: Geometry) -> dict:
@@ -153,8 +183,8 @@ def cover_constants(geometry: Geometry) -> dict:
 
 
 def tokens_per_tile(group: int) -> int:
-    """64 rows where the group allows, no more than 16 tokens: what they open differs."""
-    return min(16, max(1, 64 // triton.next_power_of_2(group)))
+    """FAR_ROWS where the group allows, no more than 16 tokens: what they open differs."""
+    return min(16, max(1, FAR_ROWS // triton.next_power_of_2(group)))
 
 
 class Chunk(NamedTuple):
@@ -281,10 +311,13 @@ def empty_routes(shape: Shape, geometry: Geometry, device: torch.device) -> Rout
 
 
 @functools.lru_cache(maxsize=64)
-def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Work items (0, group of siblings, first token, last token) of a level's lists, and the first item of every group."""
-    block, radix = geometry.block, geometry.radix
-    blocks = -(-tokens // block)
+def listed_items(
+    geometry: Geometry, shape: Shape, level: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Work items (pair, family, first token, last token) of a level's lists, the first item of every family, and the lists
+    [lo, hi) of all blocks."""
+    block, radix, readers = geometry.block, geometry.radix, max(1, READERS * 4 // shape.group)
+    blocks = -(-shape.tokens // block)
     hi = np.maximum(0, np.arange(blocks) - geometry.window + 1)
     lo = hi
     for at in range(level + 1):
@@ -293,11 +326,13 @@ def listed_items(geometry: Geometry, tokens: int, level: int, readers: int) -> t
         lo = radix * np.maximum(0, hi // radix - geometry.guard)
         if at == geometry.levels - 1:
             lo = np.zeros_like(hi)
-    groups = -(-geometry.sizes[level] // radix)
     rows, first = [], [0]
-    for group in range(groups):
-        begin = int(np.searchsorted(hi, group * radix, side="right")) * block
-        end = min(tokens, int(np.searchsorted(lo, (group + 1) * radix, side="left")) * block)
-        rows += [(0, group, at, min(at + readers, end)) for at in range(begin, end, readers)]
-        first.append(len(rows))
-    return np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(first, dtype=np.int64)
+    for pair in range(shape.pairs):
+        for family in range(-(-geometry.sizes[level] // COLUMNS)):
+            begin = int(np.searchsorted(hi, family * COLUMNS, side="right")) * block
+            end = min(shape.tokens, int(np.searchsorted(lo, (family + 1) * COLUMNS, side="left")) * block)
+            rows += [(pair, family, at, min(at + readers, end)) for at in range(begin, end, readers)]
+            first.append(len(rows))
+    items = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 4)
+    bounds = torch.from_numpy(np.stack((lo, hi), 1).astype(np.int32)).to(device)
+    return items, torch.tensor(first, dtype=torch.int64, device=device), bounds

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from longnet.attention.far_work import (
+    PLACE_STAGES,
+    SELECT_WARPS,
     Geometry,
     Routes,
     Tables,
@@ -42,10 +43,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all tensors."""
     geometry = Geometry.of(pattern, q.shape[1])
-    q, k, v, q_local, k_local = (aligned(x) for x in (q, k, v, q_local, k_local))
+    inputs = (q, k, v, None if q_local is q else q_local, k_local)
+    inputs = (None if x is None else aligned(x) for x in inputs)
     summaries = (pyramid.kbar.contiguous(), pyramid.vbar.contiguous(), pyramid.entropy.float().contiguous())
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
-    return _Attend.apply(q, k, v, q_local, k_local, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
+    return _Attend.apply(*inputs, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
 
 
 class _Attend(torch.autograd.Function):
@@ -75,7 +77,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_local: Tensor,
+    q_local: Tensor | None,
     k_local: Tensor,
     kbar: Tensor,
     vbar: Tensor,
@@ -84,15 +86,15 @@ def forward(
     router_mix: Tensor,
     geometry: Geometry,
     scale: float,
-    routes: Routes | None = None,
 ) -> tuple[Tensor, Tensor, Routes | None]:
     """out (B, N, H, D), lse (B, H, N) and what was opened.
 
-    q, k: for far tokens and summaries; q_local, k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy (B, nodes, K):
-    the levels one after the other. level_bias (H, levels), router_mix (H,) fp32. `routes` given: they are obeyed.
+    q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
+    (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32.
     """
     allocate_descriptors()
     shape = shape_of(q, k)
+    q_local = q if q_local is None else q_local
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "forward")
@@ -108,26 +110,23 @@ def forward(
     if not opening:
         return out, lse, None
     summaries = (kbar, vbar, entropy, level_bias)
-    chosen = routes is None
-    routes = empty_routes(shape, geometry, q.device) if routes is None else routes
+    routes = empty_routes(shape, geometry, q.device)
     for chunk in chunks(shape, geometry, q.element_size()):
-        if chosen:
-            tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
-        else:
-            tables = Tables.of(routes, shape, geometry, chunk)
+        tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
         order, items, _ = leaf_items(routes, shape, geometry, chunk)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
-        part_lse = torch.empty(lead, device=q.device)
+        part_weight = torch.empty(lead, device=q.device)
         leaves.leaf_forward[(len(items),)](
-            q, k, v, order, items, part, part_lse, *strides(q), *strides(k), *strides(v), shape.tokens, geometry.sizes[0],
-            shape.key_heads, chunk.first, chunk.tokens, scale,
+            q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight,
+            *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,
+            chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, q.dtype, "forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_lse,
+            q, *summaries, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_weight,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, q.dtype, "attend"),
+            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
     return out, lse, routes
 
@@ -137,9 +136,10 @@ def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tabl
     kbar, _, entropy, _ = summaries
     tables = Tables(shape, geometry, chunk, q.device)
     budget = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
-    places = geometry.beam * geometry.radix + geometry.listed
-    scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
     for level in range(geometry.levels - 1, -1, -1):
+        parents = geometry.parents(level)
+        places = parents * geometry.radix + geometry.listed
+        scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
         table = (tables.united[level], tables.members[level], tables.places[level], tables.sizes[level])
         routing.score[tables.grid](
             q, kbar, entropy, offsets, routes.opened, *table, scores, *strides(q), shape.tokens, kbar.shape[1],
@@ -148,7 +148,7 @@ def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tabl
         )  # fmt: skip
         routing.select[(chunk.tokens, shape.pairs)](
             scores, *routes, shape.tokens, geometry.levels, level, chunk.first, places,
-            MOST=triton.next_power_of_2(places), num_warps=1, **budget, **cover_constants(geometry),
+            PARENTS=parents, LISTED=geometry.listed, num_warps=SELECT_WARPS, **budget, **cover_constants(geometry),
         )  # fmt: skip
         if level:
             tables.unite(routes, level)

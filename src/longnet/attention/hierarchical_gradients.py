@@ -9,6 +9,8 @@ import triton
 from torch import Tensor
 
 from longnet.attention.far_work import (
+    COLUMNS,
+    PLACE_STAGES,
     READERS,
     Geometry,
     Routes,
@@ -20,11 +22,11 @@ from longnet.attention.far_work import (
     leaf_items,
     leaf_tile,
     listed_items,
+    node_tile,
     offsets_of,
     shape_of,
     sorted_items,
     strides,
-    tile_of,
 )
 from longnet.attention.fused import aligned, allocate_descriptors
 from longnet.kernels import cover, leaves, opened_backward
@@ -36,7 +38,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_local: Tensor,
+    q_local: Tensor | None,
     k_local: Tensor,
     kbar: Tensor,
     vbar: Tensor,
@@ -48,24 +50,31 @@ def backward(
     routes: Routes | None,
     geometry: Geometry,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order.
+
+    q_local None: q was read inside the window too; None is its gradient, and that of k where no token reached beyond summaries.
+    """
     allocate_descriptors()
     shape = shape_of(q, k)
     dout = aligned(dout.contiguous())
     delta = cover.row_dot(dout, out, dlse)
     offsets = offsets_of(geometry, q.device)
     sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
-    dq, dq_local = torch.zeros_like(q, memory_format=torch.contiguous_format), _like(q)
+    opening, joint = routes is not None, q_local is None
+    q_local = q if q_local is None else q_local
+    dq_local = _like(q)
+    # Queries without a far context are left out by the kernels of what was opened.
+    dq = dq_local if joint else torch.zeros_like(dq_local) if opening else _like(q)
     dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
     dmix = torch.zeros(shape.batch, shape.tokens, shape.heads, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "dq")
     blocks = -(-shape.tokens // geometry.block)
-    opening = routes is not None
     cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
         q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
         *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
-        BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+        BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening,
+        JOINT=joint and not opening, **tile,
     )  # fmt: skip
     dk_local, dv = _like(k), torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
     tile = cover_tile(shape, geometry, q.dtype, "dkv")
@@ -90,16 +99,16 @@ def backward(
         lse,
         delta,
     )
-    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    dk = None
     dnodes = far.listed(routes)
     if routes is not None:
         for level in range(geometry.levels - 1):
             far.children(routes, level, dnodes)
-        dk = far.opened(routes, dq, dbias, dmix, dv, dnodes)
+        dk = far.opened(routes, dq, joint, dbias, dmix, dv, dnodes)
     dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
     return (
-        dq, dk, dv.to(v.dtype), dq_local, dk_local, dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0],
-        dbias.sum((0, 1)), dmix.sum((0, 1)),
+        dq, dk, dv.to(v.dtype), None if joint else dq_local, dk_local,
+        dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0], dbias.sum((0, 1)), dmix.sum((0, 1)),
     )  # fmt: skip
 
 
@@ -133,64 +142,79 @@ class _Far(NamedTuple):
             shape.batch, self.kbar.shape[1], shape.key_heads, 2 * shape.width + 1, device=self.q.device
         )
         for level in range(geometry.levels):
-            table, first = listed_items(geometry, shape.tokens, level, READERS * 16 // max(1, shape.group))
-            if not len(table):
-                continue
-            items = torch.from_numpy(table).to(self.q.device)
-            groups = len(first) - 1
-            pairs = torch.arange(shape.pairs, device=self.q.device)
-            items = items.expand(shape.pairs, -1, -1).clone()
-            items[:, :, 0] = pairs[:, None]
-            first_item = torch.from_numpy(first).to(self.q.device)[None, :-1] + pairs[:, None] * len(table)
-            first_item = torch.cat((first_item.flatten(), first_item.new_tensor([shape.pairs * len(table)])))
-            self._add_nodes(result, level, groups, items.flatten(0, 1), first_item, None, routes)
+            items, first_item, bounds = listed_items(geometry, shape, level, self.q.device)
+            if len(items):
+                lists = (bounds, None if routes is None else routes.base_bits)
+                self._add_nodes(result, level, items, first_item, lists=lists)
         return result
 
     def children(self, routes: Routes, level: int, result: Tensor) -> None:
-        """Add the gradients of the children at `level` from the tokens that opened their parent."""
+        """Add the gradients of the nodes at `level` from the tokens that opened their parent."""
         geometry = self.geometry
-        parents = geometry.sizes[level + 1]
-        if not parents:
+        families = -(-geometry.sizes[level] // COLUMNS)
+        if not families:
             return
-        places = routes.opened[:, :, :, level + 1, : geometry.beam]
-        order, items, first_item = sorted_items(places, parents)
-        readers = order % (self.shape.tokens * geometry.beam)
-        pair = torch.where(items[:, 0] >= 0, items[:, 0] // parents, -1)
-        items = torch.stack((pair, items[:, 0] % parents, items[:, 1], items[:, 2]), 1)
-        self._add_nodes(result, level, parents, items, first_item, readers, routes)
+        shape, device = self.shape, self.q.device
+        lead = (shape.batch, shape.key_heads, shape.tokens, geometry.beam)
+        family = torch.empty(lead, dtype=torch.int32, device=device)
+        words = torch.empty(lead, dtype=torch.int64, device=device)
+        entries = words.numel()
+        opened_backward.gather_children[(triton.cdiv(entries, 256),)](
+            routes.opened, routes.child_bits, family, words, entries, geometry.levels, level,
+            COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, BM=256, num_warps=4,
+        )  # fmt: skip
+        # An item leaves 64 KiB behind, so their number is bounded.
+        order, items, first_item = sorted_items(family, families, max(READERS, entries // 4096))
+        pair = torch.where(items[:, 0] >= 0, items[:, 0] // families, -1)
+        items = torch.stack((pair, items[:, 0] % families, items[:, 1], items[:, 2]), 1)
+        self._add_nodes(result, level, items, first_item, readers=(words, order))
 
-    def _add_nodes(self, result, level, groups, items, first_item, readers, routes) -> None:
+    def _add_nodes(
+        self,
+        result: Tensor,
+        level: int,
+        items: Tensor,
+        first_item: Tensor,
+        lists: tuple[Tensor, Tensor | None] | None = None,
+        readers: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Sum over the tokens that list nodes, without those they opened, or over the entries in `readers`."""
         shape, geometry = self.shape, self.geometry
-        width = geometry.radix * (2 * shape.width + 1)
+        width = COLUMNS * (2 * shape.width + 1)
         partial = torch.empty(len(items), width, device=self.q.device)
         nothing = self.offsets
-        masks = routes or (nothing, nothing, nothing)
-        tile = tile_of(shape, self.q.dtype)
+        bounds, base_bits = lists or (nothing, None)
         opened_backward.node_dkv[(len(items),)](
-            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, *masks,
-            nothing if readers is None else readers, items, self.dout, self.lse, self.delta, partial, *strides(self.q),
+            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets,
+            bounds, nothing if base_bits is None else base_bits, *(readers or (nothing, nothing)), items,
+            self.dout, self.lse, self.delta, partial, *strides(self.q),
             shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
-            BLOCK=geometry.block, RADIX=geometry.radix, RP=max(16, geometry.radix), WINDOW=geometry.window,
-            GUARD=geometry.guard, BEAM=geometry.beam, BM=64 if self.q.dtype != torch.float32 else 32,
-            LISTED=readers is None, MASKED=routes is not None, num_warps=4, num_stages=2, **tile,
+            LISTED=readers is None, MASKED=base_bits is not None, **node_tile(shape, geometry, self.q.dtype),
         )  # fmt: skip
-        total = torch.empty(shape.pairs * groups, width, device=self.q.device)
+        total = torch.empty(len(first_item) - 1, width, device=self.q.device)
         _sum(partial, first_item, total)
-        total = total.view(shape.batch, shape.key_heads, groups * geometry.radix, -1)
+        total = total.view(shape.batch, shape.key_heads, -1, 2 * shape.width + 1)
         begin, size = geometry.offsets[level], geometry.sizes[level]
-        size = min(size, groups * geometry.radix)
         result[:, begin : begin + size] += total[:, :, :size].transpose(1, 2)
 
     def opened(
-        self, routes: Routes, dq: Tensor, dbias: Tensor, dmix: Tensor, dv: Tensor, dnodes: Tensor
+        self,
+        routes: Routes,
+        dq: Tensor,
+        add: bool,
+        dbias: Tensor,
+        dmix: Tensor,
+        dv: Tensor,
+        dnodes: Tensor,
     ) -> Tensor:
-        """Gradients of the far queries into dq, dbias, dmix; through opened leaves: returns dk, adds to dv and to the nodes."""
+        """Through opened leaves: returns dk, adds to dv and to the nodes. And the gradients of the far queries: into dbias,
+        dmix and dq, there `add`ed to what it holds."""
         shape, geometry = self.shape, self.geometry
         leaves, block, width = geometry.sizes[0], geometry.block, shape.width
         dkv = torch.zeros(shape.pairs * leaves, 2 * block * width, device=self.q.device)
         dnode = torch.zeros(shape.pairs * leaves, width + 1, device=self.q.device)
         for chunk in chunks(shape, geometry, self.q.element_size()):
-            self._chunk(routes, chunk, dq, dbias, dmix, dkv, dnode)
+            self._chunk(routes, chunk, dq, add, dbias, dmix, dkv, dnode)
         dkv = dkv.view(shape.batch, shape.key_heads, leaves, 2, block, width)
         covered = leaves * block
         dk = torch.zeros(
@@ -203,7 +227,7 @@ class _Far(NamedTuple):
         dnodes[:, :leaves, :, -1] += dnode[..., -1]
         return dk
 
-    def _chunk(self, routes, chunk, dq, dbias, dmix, dkv, dnode) -> None:
+    def _chunk(self, routes, chunk, dq, add, dbias, dmix, dkv, dnode) -> None:
         """The readers of one chunk of tokens: their dq, and what they add to every leaf."""
         shape, geometry, device = self.shape, self.geometry, self.q.device
         order, items, first_item = leaf_items(routes, shape, geometry, chunk)
@@ -228,7 +252,8 @@ class _Far(NamedTuple):
             tables.united, tables.sizes, tables.kept, part, part_score, part_mix, self.dout, self.lse, self.delta,
             dq, dbias, dmix, *strides(self.q), shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads,
             geometry.levels, self.scale, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, **far_tile(shape, geometry, self.q.dtype, "dq"),
+            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, ADD=add,
+            **far_tile(shape, geometry, self.q.dtype, "dq"),
         )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def list_of_level(first, level, levels, RADIX: tl.constexpr, GUARD: tl.constexpr
 def _summaries(
     kbar, vbar, entropy, base, begin, end, num_key_heads, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Of the nodes begin .. begin + BN - 1 of a level whose first row is `base`: keys, values, entropies, and which lie before end."""
+    """Keys, values, entropies of the nodes begin .. begin + BN - 1 of a level with first row `base`; which lie before end."""
     c = begin + tl.arange(0, BN)
     d = tl.arange(0, BD)
     ok = c < end
@@ -59,10 +59,11 @@ def cover_forward(
     q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, scale,
-    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, PREC: tl.constexpr,
+    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """out and lse (natural) of one softmax over the local window and, if LISTS, all listed summaries."""
+    """out and lse (natural) of one softmax over the local window, BK keys (whole blocks) at a time, and, if LISTS, all listed
+    summaries."""
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) * HG
     b = tl.program_id(2).to(tl.int64)
@@ -79,15 +80,17 @@ def cover_forward(
     m = tl.full((BLOCK * HG,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK * HG,), tl.float32)
     acc = tl.zeros((BLOCK * HG, BD), tl.float32)
-    col = tl.arange(0, BLOCK)
-    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
-    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
-    for j in tl.range(first, i):
+    col = tl.arange(0, BK)
+    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
+    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
+    # The last keys, the query's own block among them, need a mask.
+    last = first + (i - first) // (BK // BLOCK) * (BK // BLOCK)
+    for j in tl.range(first, last, BK // BLOCK):
         s = tl.dot(qt, k_rows.load([j * BLOCK, 0]).T, input_precision=PREC) * scale2
         acc, m, total = _attend(acc, m, total, s, v_rows.load([j * BLOCK, 0]), PREC=PREC)
-    s = tl.dot(qt, k_rows.load([i * BLOCK, 0]).T, input_precision=PREC) * scale2
-    s = tl.where(col[None, :] <= (row % BLOCK)[:, None], s, float("-inf"))
-    acc, m, total = _attend(acc, m, total, s, v_rows.load([i * BLOCK, 0]), PREC=PREC)
+    s = tl.dot(qt, k_rows.load([last * BLOCK, 0]).T, input_precision=PREC) * scale2
+    s = tl.where(last * BLOCK + col[None, :] <= token[:, None], s, float("-inf"))
+    acc, m, total = _attend(acc, m, total, s, v_rows.load([last * BLOCK, 0]), PREC=PREC)
     if LISTS:
         qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
         hi = first
@@ -116,9 +119,11 @@ def cover_dq(
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, PREC: tl.constexpr,
+    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the local queries, and if LISTS of the far queries and (per query) of the level biases.
+    """Gradients of the local queries, and if LISTS of the far queries and (per query) of the level biases. JOINT: both are
+    the same queries, and the sum goes to dq.
 
     dbias (B, N, H, levels) receives the sums of the logit gradients of every level.
     """
@@ -158,10 +163,12 @@ def cover_dq(
     p = tl.where(col[None, :] <= (row % BLOCK)[:, None], p, 0.0)
     ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
     acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-    tl.store(dq_local + at_out * D + d[None, :], (acc * scale).to(dq_local.dtype.element_ty), row_ok)
+    if not JOINT:
+        tl.store(dq_local + at_out * D + d[None, :], (acc * scale).to(dq_local.dtype.element_ty), row_ok)
     if LISTS:
         qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
-        acc = tl.zeros((BLOCK * HG, BD), tl.float32)
+        if not JOINT:
+            acc = tl.zeros((BLOCK * HG, BD), tl.float32)
         at_bias = ((b * num_tokens + token) * num_heads + heads) * levels
         hi = first
         for level in range(levels):

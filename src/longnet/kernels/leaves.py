@@ -11,53 +11,66 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longnet.kernels.routing import load_rows
+
+
+@triton.jit
+def load_summary(at, d, D: tl.constexpr):
+    """A leaf's summary as the first of 16 rows, the others zero: the least that a tensor-core product takes."""
+    row = tl.arange(0, 16)
+    return tl.load(at + row[:, None] + d[None, :], (row == 0)[:, None] & (d < D)[None, :], 0.0)
+
 
 @triton.jit
 def leaf_forward(
-    q, k, v, order, items, part, part_lse, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_tokens, num_leaves, num_key_heads, first_token, chunk, scale,
+    q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
+    num_nodes, num_leaves, num_key_heads, levels, first_token, chunk, scale,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Softmax means and log2 of the masses of opened leaves: part (pairs, chunk, TOP_K, G, D), part_lse (pairs, chunk, TOP_K, G).
+    """Softmax means and log2 of the weights W of opened leaves: part (pairs, chunk, TOP_K, G, D), part_weight alike without D.
 
     items (., 3): leaf numbered through pairs of sequence and key head (-1: none), first and last place in `order`. order:
     positions in (pairs, chunk, TOP_K), sorted by leaf.
     """
+    LOG2E: tl.constexpr = 1.4426950408889634
     item = tl.program_id(0).to(tl.int64)
     leaf_of_pair = tl.load(items + item * 3)
     if leaf_of_pair >= 0:
         begin = tl.load(items + item * 3 + 1)
         count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32) * G
         pair = leaf_of_pair // num_leaves
+        leaf = leaf_of_pair % num_leaves
         b = pair // num_key_heads
         kh = pair % num_key_heads
         d = tl.arange(0, BD)
         d_ok = d < D
-        at = (leaf_of_pair % num_leaves) * BLOCK + tl.arange(0, BLOCK)
-        kt = tl.load(
-            k + b * skb + at[:, None] * skn + kh * skh + d[None, :], d_ok[None, :] & (at >= 0)[:, None], 0.0
-        )
-        vt = tl.load(
-            v + b * svb + at[:, None] * svn + kh * svh + d[None, :], d_ok[None, :] & (at >= 0)[:, None], 0.0
-        )
+        at = leaf * BLOCK + tl.arange(0, BLOCK)
+        kt = load_rows(k + b * skb + kh * skh, at, at >= 0, skn, d, D)
+        vt = load_rows(v + b * svb + kh * svh, at, at >= 0, svn, d, D)
+        node_row = (b * num_nodes + leaf) * num_key_heads + kh
+        kb = load_summary(kbar + node_row * D, d, D)
+        h = tl.load(entropy + node_row) * LOG2E
         q_base = q + b * sqb + kh * G * sqh
         row = tl.arange(0, BM)
         for r0 in tl.range(0, count, BM):
             ok = r0 + row < count
-            place = tl.load(order + begin + (r0 + row) // G, ok, 0).to(tl.int64)
             g = (r0 + row) % G
+            place = tl.load(order + begin + (r0 + row) // G, ok, 0)
             token = place // TOP_K - pair * chunk + first_token
             row_ok = ok[:, None] & d_ok[None, :]
             qt = tl.load(q_base + token[:, None] * sqn + g[:, None] * sqh + d[None, :], row_ok, 0.0)
-            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * 1.4426950408889634)
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             mass = tl.sum(p, 1)
+            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * (scale * LOG2E) + h
+            sbar += tl.load(level_bias + (kh * G + g) * levels, ok, 0.0) * LOG2E
+            beta = tl.load(router_mix + kh * G + g, ok, 1.0)
             o = tl.dot(p.to(vt.dtype), vt, input_precision=PREC) / mass[:, None]
             to = place * G + g
             tl.store(part + to[:, None] * D + d[None, :], o.to(part.dtype.element_ty), row_ok)
-            tl.store(part_lse + to, top + tl.log2(mass), ok)
+            tl.store(part_weight + to, (1 - beta) * (top + tl.log2(mass)) + beta * sbar, ok)
 
 
 @triton.jit
@@ -84,18 +97,18 @@ def leaf_backward(
         d_ok = d < D
         c = tl.arange(0, BLOCK)
         at = leaf * BLOCK + c
-        tile_ok = d_ok[None, :] & (c >= 0)[:, None]
-        kt = tl.load(k + b * skb + at[:, None] * skn + kh * skh + d[None, :], tile_ok, 0.0)
-        vt = tl.load(v + b * svb + at[:, None] * svn + kh * svh + d[None, :], tile_ok, 0.0)
+        kt = load_rows(k + b * skb + kh * skh, at, c >= 0, skn, d, D)
+        vt = load_rows(v + b * svb + kh * svh, at, c >= 0, svn, d, D)
         node_row = (b * num_nodes + leaf) * num_key_heads + kh
-        kb = tl.load(kbar + node_row * D + d, d_ok, 0.0).to(tl.float32)
+        kb = load_summary(kbar + node_row * D, d, D)
         h = tl.load(entropy + node_row) * LOG2E
         q_base = q + b * sqb + kh * G * sqh
         dk = tl.zeros((BLOCK, BD), tl.float32)
         dv = tl.zeros((BLOCK, BD), tl.float32)
-        dkb = tl.zeros((BD,), tl.float32)
+        dkb = tl.zeros((BD, 16), tl.float32)
         dh = tl.zeros((BM,), tl.float32)
         row = tl.arange(0, BM)
+        first = (tl.arange(0, 16) == 0)[None, :]
         for r0 in tl.range(0, count, BM):
             ok = r0 + row < count
             place = tl.load(order + begin + (r0 + row) // G, ok, 0).to(tl.int64)
@@ -118,24 +131,26 @@ def leaf_backward(
             mass = tl.sum(p, 1)
             p = p / mass[:, None]
             lse_leaf = top + tl.log2(mass)
-            sbar = tl.sum(qt.to(tl.float32) * kb[None, :], 1) * (scale * LOG2E) + h + bias
+            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * (scale * LOG2E) + h + bias
             weight = tl.exp2((1 - beta) * lse_leaf + beta * sbar - lse2)
+            dv = tl.dot(tl.trans((p * weight[:, None]).to(do.dtype)), do, dv, input_precision=PREC)
             dp = tl.dot(do, tl.trans(vt), input_precision=PREC)
             mean = tl.sum(p * dp, 1)
             dw = weight * (mean - dl)
             dx = (p * (weight[:, None] * (dp - mean[:, None]) + ((1 - beta) * dw)[:, None])).to(qt.dtype)
-            dv = tl.dot(tl.trans((p * weight[:, None]).to(do.dtype)), do, dv, input_precision=PREC)
             dk = tl.dot(tl.trans(dx), qt, dk, input_precision=PREC)
             dsbar = beta * dw
-            dkb += tl.sum(dsbar[:, None] * qt.to(tl.float32), 0)
             dh += dsbar
-            dq = (tl.dot(dx, kt, input_precision=PREC) + dsbar[:, None] * kb[None, :]) * scale
+            ds = tl.where(first, dsbar[:, None], 0.0).to(qt.dtype)
+            dkb = tl.dot(tl.trans(qt), ds, dkb, input_precision=PREC)
+            dq = tl.dot(ds, kb, tl.dot(dx, kt, input_precision=PREC), input_precision=PREC) * scale
             to = place * G + g
             tl.store(part + to[:, None] * D + d[None, :], dq.to(part.dtype.element_ty), row_ok)
             tl.store(part_score + to, dsbar, ok)
             tl.store(part_mix + to, dw * (sbar - lse_leaf) * 0.6931471805599453, ok)
         at = dkv + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
+        tile_ok = d_ok[None, :] & (c >= 0)[:, None]
         tl.store(at, dk * scale, tile_ok)
         tl.store(at + BLOCK * D, dv, tile_ok)
-        tl.store(dnode + item * (D + 1) + d, dkb * scale, d_ok)
+        tl.store(dnode + item * (D + 1) + d, tl.sum(dkb, 1) * scale, d_ok)
         tl.store(dnode + item * (D + 1) + D, tl.sum(dh, 0))

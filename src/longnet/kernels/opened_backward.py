@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
-from longnet.kernels.routing import column_nodes, load_rows
+from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
 @triton.jit
@@ -22,10 +22,11 @@ def far_dq(
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of the far queries, per query dbias (B, N, H, levels) and dmix (B, N, H): the summaries' share, and the sum of the
-    places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`)."""
+    places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`). ADD: to what dq holds."""
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -82,108 +83,126 @@ def far_dq(
                 sums += tl.sum(ds, 1)
             tl.store(dbias + at_scalar * levels + level, sums, ok)
         acc = acc * scale
-        slot = (pair * num_tokens + token) * levels * WIDTH
+        places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
         dbias_sum = sums
         dmix_sum = tl.zeros((T * GP,), tl.float32)
-        for n in tl.range(0, TOP_K):
-            there = tl.load(opened + slot + n, ok, -1) >= 0
+        for n in tl.range(0, places, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
-            acc += tl.load(part + place[:, None] * D + d[None, :], there[:, None] & row_ok, 0.0).to(
-                tl.float32
-            )
-            dbias_sum += tl.load(part_score + place, there, 0.0)
-            dmix_sum += tl.load(part_mix + place, there, 0.0)
+            acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+            dbias_sum += tl.load(part_score + place, ok, 0.0)
+            dmix_sum += tl.load(part_mix + place, ok, 0.0)
+        if ADD:
+            acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
         tl.store(dbias + at_scalar * levels, dbias_sum, ok)
         tl.store(dmix + at_scalar, dmix_sum, ok)
         tl.store(dq + at_out, acc.to(dq.dtype.element_ty), row_ok)
 
 
 @triton.jit
+def gather_children(
+    opened, child_bits, families, words, entries, levels, level,
+    COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Readers of the nodes of a level, COLUMNS of them (a family) at a time: of every entry (pair, token, place) the family of
+    the node opened there one level up, -1 where an earlier entry of the token has the same, and a word: bit c, the token
+    sees child c of the family and did not open it."""
+    entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    slot = entry // BEAM * levels + level
+    place = entry % BEAM
+    ok = entry < entries
+    above = opened + (slot + 1) * WIDTH + place
+    parents: tl.constexpr = COLUMNS // RADIX
+    node = tl.load(above, ok, -1)
+    before = tl.load(above - 1, ok & (place > 0), -1)
+    family = node // parents
+    first = (node >= 0) & ((before < 0) | (before // parents != family))
+    word = tl.zeros((BM,), tl.int64)
+    for i in tl.static_range(parents):
+        there = ok & (place + i < BEAM)
+        sibling = tl.load(above + i, there, -1)
+        there = there & (sibling >= 0) & (sibling // parents == family)
+        kept = ~tl.load(child_bits + slot * BEAM + place + i, there, -1).to(tl.int64) & ((1 << RADIX) - 1)
+        word |= tl.where(there, kept << (tl.where(there, sibling, 0) % parents * RADIX), 0)
+    tl.store(families + entry, tl.where(first, family, -1), ok)
+    tl.store(words + entry, word, ok)
+
+
+@triton.jit
 def node_dkv(
-    q, kbar, vbar, entropy, level_bias, offsets, opened, base_bits, child_bits, readers, items, dout, lse, delta, partial,
+    q, kbar, vbar, entropy, level_bias, offsets, bounds, base_bits, words, readers, items, dout, lse, delta, partial,
     sqb, sqn, sqh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, level, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, RADIX: tl.constexpr, RP: tl.constexpr,
-    WINDOW: tl.constexpr, GUARD: tl.constexpr, BEAM: tl.constexpr, BM: tl.constexpr,
-    LISTED: tl.constexpr, MASKED: tl.constexpr, PREC: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    BEAM: tl.constexpr, BM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Per work item, the gradients of RADIX sibling summaries over some readers: partial (items, RADIX, 2 D + 1).
+    """Per work item, the gradients of COLUMNS neighbouring summaries over some readers: partial (items, COLUMNS, 2 D + 1).
 
-    items (., 4) int64: pair of sequence and key head (-1: none), number of the sibling group, first and last reader.
-    LISTED: readers are the tokens first .. last - 1, which list some of the siblings; else they stand in `readers` as
-    token * BEAM + e, where e is the place at which the parent was opened. MASKED: opened siblings are left out.
+    items (., 4) int64: pair of sequence and key head (-1: none), number of the family, first and last reader. LISTED: readers
+    are the tokens first .. last - 1, which list some of the nodes; MASKED: without those they opened. Else the readers are
+    entries of `gather_children`, in the order of `readers`. bounds (blocks, 2): the lists
+    of the level, [lo, hi) for the queries of every block.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     item = tl.program_id(0).to(tl.int64)
     pair = tl.load(items + item * 4)
     if pair >= 0:
-        group = tl.load(items + item * 4 + 1)
+        family = tl.load(items + item * 4 + 1)
         begin = tl.load(items + item * 4 + 2)
-        end = tl.load(items + item * 4 + 3)
+        count = (tl.load(items + item * 4 + 3) - begin).to(tl.int32) * G
         b = pair // num_key_heads
         kh = pair % num_key_heads
         d = tl.arange(0, BD)
-        d_ok = d < D
-        c = tl.arange(0, RP)
+        c = tl.arange(0, COLUMNS)
         first_node = tl.load(offsets + level)
-        level_size = tl.load(offsets + level + 1) - first_node
-        node = group * RADIX + c
-        c_ok = (c < RADIX) & (node < level_size)
+        node = (family * COLUMNS).to(tl.int32) + c
+        c_ok = node < tl.load(offsets + level + 1) - first_node
         node_row = (b * num_nodes + first_node + node) * num_key_heads + kh
-        kt = tl.load(kbar + node_row[:, None] * D + d[None, :], c_ok[:, None] & d_ok[None, :], 0.0)
-        vt = tl.load(vbar + node_row[:, None] * D + d[None, :], c_ok[:, None] & d_ok[None, :], 0.0)
-        h = tl.load(entropy + node_row, c_ok, 0.0) * LOG2E
-        dk = tl.zeros((RP, BD), tl.float32)
-        dv = tl.zeros((RP, BD), tl.float32)
-        dh = tl.zeros((RP,), tl.float32)
+        kt = load_rows(kbar, node_row, c_ok, D, d, D)
+        vt = load_rows(vbar, node_row, c_ok, D, d, D)
+        h = tl.load(entropy + node_row, c_ok, float("-inf")) * LOG2E
+        dk = tl.zeros((COLUMNS, BD), tl.float32)
+        dv = tl.zeros((COLUMNS, BD), tl.float32)
+        dh = tl.zeros((COLUMNS,), tl.float32)
         row = tl.arange(0, BM)
-        count = (end - begin) * G
-        for r0 in range(0, count, BM):
-            at_reader = r0 + row
-            ok = at_reader < count
+        for r0 in tl.range(0, count, BM):
+            ok = r0 + row < count
+            at_reader = begin + (r0 + row) // G
             if LISTED:
-                token = begin + at_reader // G
-                first = tl.maximum(0, token // BLOCK - WINDOW + 1)
-                lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
+                token = at_reader
+                lo = tl.load(bounds + token // BLOCK * 2, ok, 0)
+                hi = tl.load(bounds + token // BLOCK * 2 + 1, ok, 0)
                 keep = (node[None, :] >= lo[:, None]) & (node[None, :] < hi[:, None])
                 if MASKED:
                     bits = tl.load(base_bits + (pair * num_tokens + token) * levels + level, ok, 0)
-                    place = node[None, :] - lo[:, None]
-                    bit = (bits[:, None] >> tl.where(keep, place, 0).to(tl.int32)) & 1
-                    keep = keep & (bit == 0)
+                    keep = keep & (((bits[:, None] >> ((node[None, :] - lo[:, None]) & 31)) & 1) == 0)
             else:
-                entry = tl.load(readers + begin + at_reader // G, ok, 0).to(tl.int64)
-                token = entry // BEAM
-                bits = tl.load(
-                    child_bits + ((pair * num_tokens + token) * levels + level) * BEAM + entry % BEAM, ok, 0
-                )
-                keep = ((bits[:, None] >> c[None, :]) & 1) == 0
-            keep = keep & c_ok[None, :] & ok[:, None]
-            head = kh * G + at_reader % G
-            row_ok = ok[:, None] & d_ok[None, :]
+                entry = tl.load(readers + at_reader, ok, 0)
+                token = entry // BEAM - pair * num_tokens
+                word = tl.load(words + entry, ok, 0)
+                keep = ((word[:, None] >> c[None, :]) & 1) != 0
+            head = kh * G + (r0 + row) % G
+            row_ok = ok[:, None] & (d < D)[None, :]
             qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-            do = tl.load(
-                dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0
-            )
+            at_out = ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :]
+            do = tl.load(dout + at_out, row_ok, 0.0)
             at_lse = (b * num_heads + head) * num_tokens + token
+            # Rows beyond the readers, and nodes beyond the level: exp2(-inf) is 0.
             lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
             dl = tl.load(delta + at_lse, ok, 0.0)
-            bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E
-            s = (
-                tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
-                + h[None, :]
-                + (bias - lse2)[:, None]
+            bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
+                h[None, :] + bias[:, None]
             )
             p = tl.where(keep, tl.exp2(s), 0.0)
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
             ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
             dk = tl.dot(tl.trans(ds.to(qt.dtype)), qt, dk, input_precision=PREC)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
             dh += tl.sum(ds, 0)
-        at = partial + (item * RADIX + c)[:, None] * (2 * D + 1) + d[None, :]
-        mask = (c < RADIX)[:, None] & d_ok[None, :]
+        at = partial + (item * COLUMNS + c)[:, None] * (2 * D + 1) + d[None, :]
+        mask = (d < D)[None, :] & (c >= 0)[:, None]
         tl.store(at, dk * scale, mask)
         tl.store(at + D, dv, mask)
-        tl.store(partial + (item * RADIX + c) * (2 * D + 1) + 2 * D, dh, c < RADIX)
+        tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
 
 
 @triton.jit

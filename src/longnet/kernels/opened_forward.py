@@ -6,21 +6,21 @@ import triton
 import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
-from longnet.kernels.routing import column_nodes, load_rows
+from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
 @triton.jit
 def far_attend(
-    q, kbar, vbar, entropy, level_bias, router_mix, offsets, opened, united, sizes, kept, part, part_lse, out, lse,
+    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, part_weight, out, lse,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Join unopened summaries and opened leaves with the local result in out and lse, which are replaced.
 
-    united, sizes, kept: the tables of `routing`, one level after the other. part, part_lse: of every place the leaf's softmax
-    mean and log2 of its mass, (pairs, tiles T, TOP_K, G, D) and without D.
+    united, sizes, kept: the tables of `routing`, one level after the other. part, part_weight: of every place the leaf's
+    softmax mean and log2 of its weight, (pairs, tiles T, TOP_K, G, D) and without D.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
@@ -74,22 +74,11 @@ def far_attend(
                 total = total * rescale + tl.sum(p, 1)
                 acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
                 m = new
-        beta = tl.load(router_mix + head, ok, 1.0)
-        bias = tl.load(level_bias + head * levels, ok, 0.0) * LOG2E
-        kbar_base = kbar + (b * num_nodes * num_key_heads + kh) * D
-        entropy_base = entropy + b * num_nodes * num_key_heads + kh
-        slot = (pair * num_tokens + token) * levels * WIDTH
-        for n in tl.range(0, TOP_K):
-            leaf = tl.load(opened + slot + n, ok, -1).to(tl.int64)
-            there = leaf >= 0
+        places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
+        for n in tl.range(0, places, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
-            seen = there[:, None] & row_ok
-            o = tl.load(part + place[:, None] * D + d[None, :], seen, 0.0).to(tl.float32)
-            kb = tl.load(kbar_base + leaf[:, None] * num_key_heads * D + d[None, :], seen, 0.0).to(tl.float32)
-            sbar = tl.sum(qt.to(tl.float32) * kb, 1) * (scale * LOG2E) + bias
-            sbar += tl.load(entropy_base + leaf * num_key_heads, there, 0.0) * LOG2E
-            weight = (1 - beta) * tl.load(part_lse + place, there, 0.0) + beta * sbar
-            weight = tl.where(there, weight, float("-inf"))
+            o = tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+            weight = tl.load(part_weight + place, ok, float("-inf"))
             new = tl.maximum(m, weight)
             rescale = tl.exp2(m - new)
             share = tl.exp2(weight - new)

@@ -30,6 +30,15 @@ def count_opened(opened_above, level, levels, BEAM: tl.constexpr):
 
 
 @triton.jit
+def count_places(opened, TOP_K: tl.constexpr):
+    """How many leaves a token opened; tokens of one block open equally many."""
+    count = 0
+    for n in tl.static_range(TOP_K):
+        count += (tl.load(opened + n) >= 0).to(tl.int32)
+    return count
+
+
+@triton.jit
 def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
     """Node number of column c."""
     is_child = c < union_size * RADIX
@@ -181,53 +190,65 @@ def score(
 @triton.jit
 def select(
     scores, opened, base_bits, child_bits, num_tokens, levels, level, first_token, width,
-    BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, MOST: tl.constexpr,
-    TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
+    PARENTS: tl.constexpr, LISTED: tl.constexpr, TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Which of its candidates of a level every token opens: the best scores, of equal ones the first.
 
-    opened (B, K, N, levels, WIDTH) int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the
-    c-th listed node is opened; child_bits (B, K, N, levels, BEAM) int32, bit c of entry e at level l: child c of the e-th
-    node opened at l + 1 is opened.
+    PARENTS, LISTED: powers of two that no token's opened parents and listed nodes exceed. opened (B, K, N, levels, WIDTH)
+    int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the c-th listed node is opened;
+    child_bits (B, K, N, levels, BEAM) int32, bit c of entry e at level l: child c of the e-th node opened at l + 1 is opened.
     """
     token = first_token + tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     first = tl.maximum(0, token // BLOCK - WINDOW + 1)
     if (first > 0) & (token < num_tokens):
-        everyone = tl.arange(0, MOST)
         slot = (pair * num_tokens + token) * levels
         lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
         above = opened + (slot + tl.minimum(level + 1, levels - 1)) * WIDTH
         parents = count_opened(above, level, levels, BEAM)
+        child = tl.arange(0, PARENTS * RADIX)
+        is_child = child < parents * RADIX
+        listed = tl.arange(0, LISTED)
+        is_listed = listed < hi - lo
         total = parents * RADIX + hi - lo
         count = tl.where(level == 0, TOP_K, BEAM)
-        scored = tl.where(total > count, total, 0)
+        search = total > count
         # The scores are at least 0, so their bits order like integers.
         mine = scores + (pair * tl.num_programs(0) + tl.program_id(0)) * width
-        score = tl.load(mine + everyone, everyone < scored, 0.0).to(tl.int32, bitcast=True)
-        score = tl.where(everyone < total, score, -1)
+        of_child = tl.load(mine + child, is_child & search, 0.0).to(tl.int32, bitcast=True)
+        of_child = tl.where(is_child, of_child, -1)
+        of_listed = tl.load(mine + parents * RADIX + listed, is_listed & search, 0.0).to(
+            tl.int32, bitcast=True
+        )
+        of_listed = tl.where(is_listed, of_listed, -1)
         least = 0
-        most = tl.where(scored > 0, tl.max(score, 0) + 1, 1)
+        most = tl.where(search, tl.maximum(tl.max(of_child, 0), tl.max(of_listed, 0)) + 1, 1)
         while most - least > 1:
             middle = least + (most - least) // 2
-            found = tl.sum((score >= middle).to(tl.int32), 0)
+            found = tl.sum((of_child >= middle).to(tl.int32), 0) + tl.sum(
+                (of_listed >= middle).to(tl.int32), 0
+            )
             least = tl.where(found >= count, middle, least)
             most = tl.where(found == count, middle + 1, tl.where(found > count, most, middle))
-        # `least` is the score of the last place; of several candidates with it the first ones get in.
-        better = (score > least).to(tl.int32)
-        equal = (score == least).to(tl.int32)
-        free = count - tl.sum(better, 0)
-        taken = (score > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
-        taken = tl.where(scored > 0, taken, everyone < total)
-        is_child = everyone < parents * RADIX
-        parent = tl.load(above + everyone // RADIX, is_child & taken, 0)
-        node = tl.where(is_child, parent * RADIX + everyone % RADIX, lo + everyone - parents * RADIX)
-        place = tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(opened + (slot + level) * WIDTH + place, node, taken)
-        listed = everyone - parents * RADIX
-        word = tl.where(taken & (listed >= 0), 1, 0) << tl.where(listed >= 0, listed & 31, 0)
-        tl.store(base_bits + slot + level, tl.sum(word, 0))
-        word = tl.where(taken & is_child, 1, 0) << (everyone % RADIX)
-        words = tl.sum(tl.reshape(word, (MOST // RADIX, RADIX)), 1)
-        entry = tl.arange(0, MOST // RADIX)
+        # `least` is the score of the last place; of several candidates with it the first ones get in, children before listed.
+        free = (
+            count - tl.sum((of_child > least).to(tl.int32), 0) - tl.sum((of_listed > least).to(tl.int32), 0)
+        )
+        equal = (of_child == least).to(tl.int32)
+        takes_child = (of_child > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
+        takes_child = tl.where(search, takes_child, is_child)
+        free -= tl.sum(equal, 0)
+        equal = (of_listed == least).to(tl.int32)
+        takes_listed = (of_listed > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
+        takes_listed = tl.where(search, takes_listed, is_listed)
+        parent = tl.load(above + child // RADIX, takes_child, 0)
+        to = opened + (slot + level) * WIDTH
+        place = tl.cumsum(takes_child.to(tl.int32), 0) - 1
+        tl.store(to + place, parent * RADIX + child % RADIX, takes_child)
+        place = tl.sum(takes_child.to(tl.int32), 0) + tl.cumsum(takes_listed.to(tl.int32), 0) - 1
+        tl.store(to + place, lo + listed, takes_listed)
+        tl.store(base_bits + slot + level, tl.sum(takes_listed.to(tl.int32) << listed, 0))
+        words = tl.sum(tl.reshape(takes_child.to(tl.int32) << (child % RADIX), (PARENTS, RADIX)), 1)
+        entry = tl.arange(0, PARENTS)
         tl.store(child_bits + (slot + level) * BEAM + entry, words, entry < BEAM)
