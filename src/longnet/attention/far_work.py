@@ -159,11 +159,19 @@ def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
 NODE_TILE = (128, 8, 2)
 
 
-def node_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:
     rows, warps, stages = NODE_TILE
-    if dtype == torch.float32:
+    if q.dtype == torch.float32:
         rows, stages = 32, 1
-    tile = tile_of(shape, dtype) | {"COLUMNS": COLUMNS, "BM": rows, "num_warps": warps, "num_stages": stages}
+    elif q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
+        # For sm_80 the assembler gives up on two stages: 32 registers, everything else spilled.
+        stages = 1
+    tile = tile_of(shape, q.dtype) | {
+        "COLUMNS": COLUMNS,
+        "BM": rows,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
     return tile | {"BLOCK": geometry.block, "BEAM": geometry.beam}
 
 
