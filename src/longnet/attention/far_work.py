@@ -103,7 +103,8 @@ def tile_of(shape: Shape, dtype: torch.dtype) -> dict:
     }
 
 
-# (heads per program, warps, stages) by kernel, for even groups and for others: the best of a sweep on an H200 (docs/log.md).
+# (heads per program, warps, stages) by kernel, for even groups with blocks up to 64 and for others: the best of a sweep on an
+# H200 (docs/log.md).
 COVER_TILES = {
     "forward": ((2, 4, 2), (1, 4, 3)),
     "dq": ((2, 8, 3), (1, 4, 2)),
@@ -114,7 +115,8 @@ WINDOW_KEYS = 64
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
-    even = shape.group % 2 == 0 and dtype != torch.float32
+    # Two heads of a block of 128 ask for more shared memory than there is.
+    even = shape.group % 2 == 0 and dtype != torch.float32 and geometry.block <= 64
     heads, warps, stages = COVER_TILES[kernel][0 if even else 1]
     tile = tile_of(shape, dtype) | {"HG": heads, "BLOCK": geometry.block, "WINDOW": geometry.window}
     if kernel == "forward":
