@@ -1,4 +1,4 @@
-"""The Triton kernels of hierarchical attention: under Triton's interpreter, forward and every gradient, and compiled for sm_90."""
+"""The Triton kernels of hierarchical attention: under Triton's interpreter, forward and every gradient; compiled for sm_90."""
 
 import importlib.util
 import os
