@@ -1,4 +1,4 @@
-"""The Triton kernels of hierarchical attention in fp32 under Triton's interpreter, forward and every gradient."""
+"""The Triton kernels of hierarchical attention: under Triton's interpreter, forward and every gradient; compiled for sm_90."""
 
 import importlib.util
 import os
@@ -8,16 +8,23 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("interpreted_hierarchical.py")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def run(script, *arguments, **environment):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
 @pytest.mark.parametrize(
     "case", ["summaries", "joint", "groups", "levels", "capped", "chunks", "short", "pyramids"]
 )
 def test_kernels_equal_the_oracle(case):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, SCRIPT, case], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    run("interpreted_hierarchical.py", case, TRITON_INTERPRET="1")
+
+
+def test_wide_blocks_fit_the_shared_memory():
+    assert int(run("compiled_hierarchical.py")) <= 227 * 1024

@@ -103,7 +103,7 @@ def tile_of(shape: Shape, dtype: torch.dtype) -> dict:
     }
 
 
-# (heads per program, warps, stages, most registers) by kernel, for even groups and for others.
+# (heads per program, warps, stages, most registers) by kernel, for even groups with blocks up to 64 and for others.
 COVER_TILES = {
     "forward": ((2, 8, 2, 128), (1, 4, 2, None)),
     "dq": ((2, 8, 2, None), (1, 4, 2, None)),
@@ -114,7 +114,8 @@ WINDOW_KEYS = 64
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
-    even = shape.group % 2 == 0 and dtype != torch.float32
+    # Two heads of a block of 128 ask for more shared memory than there is.
+    even = shape.group % 2 == 0 and dtype != torch.float32 and geometry.block <= 64
     heads, warps, stages, registers = COVER_TILES[kernel][0 if even else 1]
     tile = tile_of(shape, dtype) | {"BLOCK": geometry.block, "WINDOW": geometry.window}
     if kernel != "dkv":
@@ -165,11 +166,19 @@ def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
 NODE_TILE = (128, 8, 2)
 
 
-def node_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:
     rows, warps, stages = NODE_TILE
-    if dtype == torch.float32:
+    if q.dtype == torch.float32:
         rows, stages = 32, 1
-    tile = tile_of(shape, dtype) | {"COLUMNS": COLUMNS, "BM": rows, "num_warps": warps, "num_stages": stages}
+    elif q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
+        # For sm_80 the assembler gives up on two stages: 32 registers, everything else spilled.
+        stages = 1
+    tile = tile_of(shape, q.dtype) | {
+        "COLUMNS": COLUMNS,
+        "BM": rows,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
     return tile | {"BLOCK": geometry.block, "BEAM": geometry.beam}
 
 

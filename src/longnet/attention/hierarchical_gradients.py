@@ -189,7 +189,7 @@ class _Far(NamedTuple):
             bounds, nothing if base_bits is None else base_bits, *(readers or (nothing, nothing)), items,
             self.dout, self.lse, self.delta, partial, *strides(self.q),
             shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
-            LISTED=readers is None, MASKED=base_bits is not None, **node_tile(shape, geometry, self.q.dtype),
+            LISTED=readers is None, MASKED=base_bits is not None, **node_tile(shape, geometry, self.q),
         )  # fmt: skip
         total = torch.empty(len(first_item) - 1, width, device=self.q.device)
         _sum(partial, first_item, total)
