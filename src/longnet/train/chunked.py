@@ -8,7 +8,6 @@ parameters equal those of one backward pass over the whole sequence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_recurrent import RecurrentState
 from longnet.attention.hierarchical_torch import Parameters
 from longnet.attention.recurrent import attend_chunk
-from longnet.patterns import DilatedPattern, HierarchicalPattern
+from longnet.patterns import DilatedPattern
 
 
 class ChunkStore:
@@ -162,7 +161,7 @@ def chunked_backward(
         model: `LongNetForCausalLM`, causal; hierarchical layers need a retention.
         input_ids, targets: (B, N), any integers, on any device (chunks are moved and widened); targets[:, n] is to be predicted
             after input_ids[:, n], -100 is ignored.
-        chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `choose_chunk`.
+        chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `plan.best_chunk`.
         dtype: of the kept rows; None is the autocast dtype if autocast is on, else the dtype of the weights.
         scale: factor on the gradients, not on the loss that is returned.
         on_chunk: called with (chunks done, chunks to do), both passes counted.
@@ -213,44 +212,3 @@ def chunked_backward(
 
 def _moved(ids: Tensor, device: Any) -> Tensor:
     return ids.to(device, non_blocking=True).long()
-
-
-def choose_chunk(config: Any, num_tokens: int, batch: int = 1, bytes_per_number: int = 2) -> int:
-    """The chunk, a power of two times the shortest segment, that needs the least memory; the larger of equals.
-
-    memory(c) = c (24 + 2 L) hidden + the kept rows (K and V in 16 bits, their gradients in 32) of all branches that cross
-    chunks + the states of hierarchical layers at all borders; the optimum grows with the square root of N.
-    """
-    pattern, kinds = config.pattern(), config.attention_kinds()
-    dilated, hierarchical = kinds.count("dilated"), kinds.count("hierarchical")
-    width = dilated * config.head_dim * (2 * bytes_per_number + 8)
-    border = (
-        _state_bytes(config.hierarchical_pattern(), config, num_tokens, bytes_per_number)
-        if hierarchical
-        else 0
-    )
-
-    def memory(chunk: int) -> float:
-        store = sum(
-            len(pattern.slots(r, config.num_attention_heads, config.num_key_value_heads))
-            * -(-num_tokens // r)
-            for w, r in pattern.branches
-            if chunk % w and chunk < num_tokens
-        )
-        borders = -(-num_tokens // chunk) - 1
-        activations = chunk * (24 + 2 * config.num_hidden_layers) * config.hidden_size
-        return width * store + hierarchical * borders * border + activations
-
-    shortest = min(pattern.segment_lengths)
-    sizes = [shortest * 2**i for i in range(1 + max(0, math.ceil(math.log2(max(1, num_tokens / shortest)))))]
-    return min(num_tokens, min(reversed(sizes), key=memory))
-
-
-def _state_bytes(
-    pattern: HierarchicalPattern, config: Any, num_tokens: int, bytes_per_number: int = 2
-) -> int:
-    """Bytes that one hierarchical layer holds of one sequence at a border: tokens (k, k turned, v) and summaries with their mass
-    and entropy."""
-    tokens, nodes = pattern.cache_entries(num_tokens)
-    key_width = config.head_dim * bytes_per_number
-    return config.num_key_value_heads * (tokens * 3 * key_width + nodes * (2 * key_width + 8))

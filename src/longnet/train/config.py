@@ -98,6 +98,15 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in fields.items() if k not in _FREE_FIELDS}))
 
 
+def model_config(preset: str, fields: dict[str, Any]) -> LongNetConfig:
+    """A preset with some fields replaced; ValueError for fields that do not exist."""
+    known = LongNetConfig.preset(preset).to_dict()
+    unknown = [name for name in fields if name not in known]
+    if unknown:  # a configuration keeps unknown fields without a word
+        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    return LongNetConfig.preset(preset, **fields)
+
+
 def check(config: TrainConfig) -> None:
     world = parallelize.world_size()
     if config.sequence_parallel < 1 or not config.timeout > 0:
@@ -116,10 +125,7 @@ def check(config: TrainConfig) -> None:
             "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' and 'causal' with "
             f"{world} ranks; got {alone}; evaluate checkpoints with `longnet eval`"
         )
-    known = LongNetConfig.preset(config.preset).to_dict()
-    unknown = [name for name in config.model if name not in known]
-    if unknown:  # a configuration keeps unknown fields without a word
-        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    model = model_config(config.preset, config.model)
     try:
         device = torch.device("cpu" if config.device == "auto" else config.device)
     except RuntimeError as error:
@@ -155,7 +161,6 @@ def check(config: TrainConfig) -> None:
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name}: expected None or at least 1; got {getattr(config, name)}")
     if config.sequence_strategy == "chunked":
-        model = LongNetConfig.preset(config.preset, **config.model)
         kept_whole = (
             "hierarchical" in model.attention_kinds() and model.hierarchical_pattern().retention is None
         )

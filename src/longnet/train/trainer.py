@@ -21,8 +21,9 @@ from torch import Tensor
 from longnet.integrations.tokenizer import byte_tokenizer
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.model.tiles import set_tile
+from longnet.plan import Job, best_chunk
 from longnet.train import checkpoint, parallelize
-from longnet.train.chunked import choose_chunk, chunked_backward
+from longnet.train.chunked import chunked_backward
 from longnet.train.config import TrainConfig, check, identity
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
@@ -190,7 +191,10 @@ class _Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if config.sequence_strategy == "chunked":
                 targets = torch.cat((labels[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
-                chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
+                job = Job(
+                    config=self.model.config, tokens=ids.shape[1], batch=len(ids), autocast=self.autocast
+                )
+                chunk = config.chunk_tokens or best_chunk(job, config.gradient_checkpointing)
                 return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
             loss = self.forward(input_ids=ids, labels=labels).loss
         (loss / config.accumulation).backward()
