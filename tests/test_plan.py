@@ -158,14 +158,18 @@ def test_the_recorded_readings_of_a_billion_tokens(preset):
 
 def test_what_is_picked_needs_less_memory_the_longer_the_sequence():
     machine = Machine(memory=80 * GIB)
-    names = [pick(Job(config=geometric("base", n), tokens=n), machine).name for n in (2**15, 2**20, 2**27)]
+    names = [pick(Job(config=geometric("base", n), tokens=n), machine)[0].name for n in (2**15, 2**20, 2**27)]
     assert names == ["whole", "chunked", "chunked and checkpointed"]
-    with pytest.raises(ValueError, match=r"(?s)whole: needs .* GiB.*chunked and checkpointed: needs"):
+    with pytest.raises(ValueError, match=r"whole needs .* GiB.*chunked and checkpointed needs"):
         pick(Job(config=geometric("base"), tokens=10**9), Machine(memory=2 * GIB))
-    offloaded = pick(Job(config=four_by_256(), tokens=10**9), Machine(memory=12 * GIB, host_memory=64 * GIB))
+    offloaded, reason = pick(
+        Job(config=four_by_256(), tokens=10**9), Machine(memory=12 * GIB, host_memory=64 * GIB)
+    )
     assert offloaded.name.endswith("offloaded")
     assert offloaded.options["offload"]
     assert offloaded.host > 12 * GIB
+    assert reason.startswith("needs about")
+    assert "whole needs" in reason
 
 
 def test_the_chosen_chunk_is_the_best_one_and_grows_with_the_root_of_the_length():
@@ -213,7 +217,7 @@ def test_many_devices_divide_memory_and_receive_as_much_however_long_the_sequenc
     assert found[0].received == found[1].received > 0
     assert found[0].memory["exchange"] == found[1].memory["exchange"] > 0
     job = Job(config=geometric("small"), tokens=10**9)
-    chosen = pick(job, Machine(memory=139 * GIB, devices=256))
+    chosen, _ = pick(job, Machine(memory=139 * GIB, devices=256))
     assert chosen.name == "checkpointed"
     assert chosen.received < 20 * 10**9
     alone = strategies(job, Machine(memory=139 * GIB))[1]

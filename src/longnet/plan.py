@@ -238,21 +238,23 @@ def strategies(job: Job, machine: Machine) -> tuple[Strategy, ...]:
     )
 
 
-def pick(job: Job, machine: Machine) -> Strategy:
-    """The fastest of the strategies that fit; of equally fast ones the first.
+def pick(job: Job, machine: Machine) -> tuple[Strategy, str]:
+    """The fastest of the strategies that fit, and why: what it needs, and what the others lack.
 
     Raises:
         ValueError: nothing fits; the text says what each way would need.
     """
     ways = strategies(job, machine)
     fitting = [s for s in ways if not s.problem]
+    lacking = "; ".join(f"{s.name} {s.problem}" for s in ways if s.problem)
     if not fitting:
-        needs = "; ".join(f"{s.name}: {s.problem}" for s in ways)
         raise ValueError(
-            f"expected a model and {job.batch} x {job.tokens} tokens that fit into {machine.memory / 2**30:.1f} GiB; {needs}; "
+            f"expected a model and {job.batch} x {job.tokens} tokens that fit into {machine.memory / 2**30:.1f} GiB; {lacking}; "
             "shorten the sequence, take a smaller batch or more devices"
         )
-    return min(fitting, key=lambda s: s.seconds)
+    best = min(fitting, key=lambda s: s.seconds)
+    needs = f"needs about {best.total / 2**30:.2f} of {machine.memory / 2**30:.2f} GiB, the fastest that fits"
+    return best, f"{needs}; {lacking}" if lacking else needs
 
 
 def largest(name: str, job: Job, machine: Machine) -> int:
@@ -319,12 +321,10 @@ def _strategy(name: str, job: Job, machine: Machine) -> Strategy:
 
 
 def _problem(total: int, host: int, machine: Machine) -> str:
-    if total > SHARE * machine.memory:
-        return (
-            f"needs {total / 2**30:.1f} GiB, {SHARE:.0%} of {machine.memory / 2**30:.1f} GiB are given away"
-        )
-    if host > SHARE * machine.host_memory:
-        return f"needs {host / 2**30:.1f} GiB of host memory, has {machine.host_memory / 2**30:.1f}"
+    if total > (most := SHARE * machine.memory):
+        return f"needs {total / 2**30:.1f} GiB of {most / 2**30:.1f} that may be filled"
+    if host > (most := SHARE * machine.host_memory):
+        return f"needs {host / 2**30:.1f} GiB of host memory of {most / 2**30:.1f} that may be filled"
     return ""
 
 

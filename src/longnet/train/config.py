@@ -60,8 +60,9 @@ class TrainConfig:
     tile_tokens: int | None = None
     """Tokens of a tile: norms, SwiGLU and projections of a layer are computed tile by tile and once more in the backward pass,
     with equal gradients. With gradient_checkpointing, for windows of a million tokens and more. None: all tokens at once."""
-    sequence_strategy: Literal["whole", "chunked"] = "whole"
-    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
+    sequence_strategy: Literal["whole", "chunked", "auto"] = "whole"
+    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit. auto: the
+    fastest that fits into the memory that is free when a run begins, recomputed layers included; a continuation keeps it."""
     chunk_tokens: int | None = None
     """Tokens of a chunk; None takes the size that needs the least memory."""
     seed: int = 0
@@ -117,13 +118,14 @@ def check(config: TrainConfig) -> None:
         config.eval_every,
         config.sample_every,
         config.compile,
-        config.sequence_strategy,
+        config.sequence_strategy == "chunked",
         config.objective,
     )
-    if world > 1 and alone != (0, 0, False, "whole", "causal"):
+    if world > 1 and alone != (0, 0, False, False, "causal"):
         raise ValueError(
-            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' and 'causal' with "
-            f"{world} ranks; got {alone}; evaluate checkpoints with `longnet eval`"
+            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' or 'auto' and "
+            f"'causal' with {world} ranks; got {alone[:3]}, {config.sequence_strategy!r}, {config.objective!r}; evaluate "
+            "checkpoints with `longnet eval`"
         )
     model = model_config(config.preset, config.model)
     try:
@@ -160,16 +162,31 @@ def check(config: TrainConfig) -> None:
     for name in ("chunk_tokens", "tile_tokens"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name}: expected None or at least 1; got {getattr(config, name)}")
+    _check_strategy(config, model)
+    for name in ("learning_rate", "clip"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
+    parallelize.check_layout(world, config.sequence_parallel, config.sequence_length, config.batch_size)
+
+
+def _check_strategy(config: TrainConfig, model: LongNetConfig) -> None:
+    hierarchical = "hierarchical" in model.attention_kinds()
     if config.sequence_strategy == "chunked":
-        kept_whole = (
-            "hierarchical" in model.attention_kinds() and model.hierarchical_pattern().retention is None
-        )
+        kept_whole = hierarchical and model.hierarchical_pattern().retention is None
         if kept_whole or config.objective != "causal":
             raise ValueError(
                 "sequence_strategy: expected 'whole' for masked spans and for hierarchical layers without a retention; got "
                 "'chunked'"
             )
-    for name in ("learning_rate", "clip"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
-    parallelize.check_layout(world, config.sequence_parallel, config.sequence_length, config.batch_size)
+    if config.sequence_strategy == "auto":
+        if hierarchical or config.objective != "causal":
+            raise ValueError(
+                "sequence_strategy: expected 'whole' or 'chunked' for masked spans and hierarchical layers, whose memory no "
+                "formula tells; got 'auto'"
+            )
+        given = (config.gradient_checkpointing, config.tile_tokens, config.chunk_tokens)
+        if given != (False, None, None):
+            raise ValueError(
+                "gradient_checkpointing, tile_tokens, chunk_tokens: expected False, None and None where sequence_strategy "
+                f"'auto' picks them; got {given}; leave them out or name the strategy"
+            )
