@@ -197,3 +197,53 @@ def test_refusals():
     config = LongNetConfig(num_hidden_layers=1, bidirectional=True)
     with pytest.raises(ValueError, match="causal"):
         ChunkStore(config, 1, 10, 2, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("geometric", 7), ("geometric", 50), ("ragged", 24), ("ragged", 200)]
+)
+def test_rows_in_host_memory_give_the_gradients_of_one_backward_pass(name, chunk, recompute):
+    network = model(name)
+    if recompute:
+        network.gradient_checkpointing_enable()
+    ids, targets = data(2, 151)
+    loss, wanted = whole(network, ids, targets)
+    found = chunked_backward(network, ids, targets, chunk, offload=True)
+    torch.testing.assert_close(found, loss, atol=1e-12, rtol=0)
+    for (parameter_name, parameter), gradient in zip(weights(network), wanted, strict=True):
+        error = (parameter.grad - gradient).abs().max()
+        assert error <= 1e-12 * max(1, gradient.abs().max()), parameter_name
+
+
+def test_rows_in_host_memory_are_copied_a_layer_ahead_and_never_stand_in_two_places():
+    """What is taken is a copy in one of two sets; what is not given back does not change what is kept."""
+    config = model().config
+    store = ChunkStore(config, 1, 151, 7, "cpu", torch.float64, offload=True)
+    rows, asked = store.rows, []
+    fetch = rows._fetch
+
+    def watched(layer, tokens):
+        asked.append((layer, tokens))
+        fetch(layer, tokens)
+
+    rows._fetch = watched
+    first = rows.take(0, (14, 20), 1)
+    assert asked == [(0, (14, 20)), (1, (14, 20))]
+    second = rows.take(1, (14, 20), 2)
+    assert len(asked) == 2  # layer 1 was under way, and there is no layer 2
+    addresses = [
+        {x.data_ptr() for buffers in taken for pair in buffers for x in pair if x.numel()}
+        for taken in (first, second)
+    ]
+    assert not addresses[0] & addresses[1]
+    second[1][2][0].fill_(1.0)
+    assert not rows.segments(1, 20)[2][0].any()
+    rows.give(1, 20, second[1])
+    assert rows.segments(1, 20)[2][0].all()
+    assert rows.take(1, (20,), 0)[0][2][0].all()
+
+
+def test_rows_in_host_memory_are_for_dilated_layers():
+    with pytest.raises(ValueError, match="offload"):
+        chunked_backward(tree_model(["hierarchical", "dilated"]), *data(1, 20), 5, offload=True)

@@ -83,6 +83,22 @@ def test_a_continuation_keeps_what_was_picked_whatever_is_free_then(config, monk
     assert [r["loss"] for r in records(config.output)] == [r["loss"] for r in records(whole.output)]
 
 
+def test_offloaded_rows_change_no_bit_of_a_run(config):
+    here, there = (
+        dataclasses.replace(
+            config,
+            output=config.output / name,
+            sequence_strategy="chunked",
+            chunk_tokens=48,
+            offload=name == "there",
+        )
+        for name in ("here", "there")
+    )
+    train(here)
+    train(there)
+    assert [r["loss"] for r in records(here.output)] == [r["loss"] for r in records(there.output)]
+
+
 def test_nothing_fits(config, monkeypatch):
     monkeypatch.setattr(strategy, "free_memory", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"fit into 0\.0 GiB; whole needs .*shorten the sequence"):
@@ -94,6 +110,8 @@ def test_nothing_fits(config, monkeypatch):
     [
         ({"chunk_tokens": 64}, "leave them out"),
         ({"gradient_checkpointing": True}, "leave them out"),
+        ({"offload": True, "sequence_strategy": "whole"}, "offload"),
+        ({"offload": True, "model": {**MODEL, "attention": "hierarchical"}}, "offload"),
         ({"objective": "mlm"}, "no formula tells"),
         ({"model": {**MODEL, "attention": "hierarchical"}}, "no formula tells"),
     ],

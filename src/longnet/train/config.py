@@ -16,7 +16,7 @@ from longnet.train import parallelize
 # May differ between a run and its continuation: they do not change what a step computes.
 _FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
 _FREE_FIELDS += ("on_save_error", "eval_every", "eval_windows", "sample_every", "tensorboard")
-_FREE_FIELDS += ("sequence_parallel", "timeout")
+_FREE_FIELDS += ("sequence_parallel", "timeout", "offload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,8 @@ class TrainConfig:
     fastest that fits into the memory that is free when a run begins, recomputed layers included; a continuation keeps it."""
     chunk_tokens: int | None = None
     """Tokens of a chunk; None takes the size that needs the least memory."""
+    offload: bool = False
+    """Under chunked, what later chunks can still see waits in host memory, with its gradients. Under auto it may."""
     seed: int = 0
     """Of initial weights and data order."""
     save_every: int = 200
@@ -178,6 +180,11 @@ def _check_strategy(config: TrainConfig, model: LongNetConfig) -> None:
                 "sequence_strategy: expected 'whole' for masked spans and for hierarchical layers without a retention; got "
                 "'chunked'"
             )
+    if config.offload and (config.sequence_strategy == "whole" or hierarchical):
+        raise ValueError(
+            "offload: expected sequence_strategy 'chunked' or 'auto' and dilated attention in every layer; got "
+            f"{config.sequence_strategy!r}, {sorted(set(model.attention_kinds()))}; leave offload out"
+        )
     if config.sequence_strategy == "auto":
         if hierarchical or config.objective != "causal":
             raise ValueError(

@@ -13,7 +13,7 @@ from longnet.train import parallelize
 from longnet.train.config import TrainConfig
 
 # The options that `sequence_strategy="auto"` picks.
-OPTIONS = ("sequence_strategy", "gradient_checkpointing", "tile_tokens", "chunk_tokens")
+OPTIONS = ("sequence_strategy", "gradient_checkpointing", "tile_tokens", "chunk_tokens", "offload")
 
 
 def given(config: TrainConfig) -> dict[str, Any]:
@@ -32,7 +32,9 @@ def picked(config: TrainConfig, model: Any, device: torch.device, autocast: bool
         config=model, tokens=config.sequence_length, batch=config.batch_size // replicas, autocast=autocast,
         fused_norms=device.type == "cuda",
     )  # fmt: skip
-    best, why = pick(job, Machine(memory=free_memory(device), devices=config.sequence_parallel))
+    host = free_memory(torch.device("cpu")) if config.offload and device.type == "cuda" else 0
+    machine = Machine(memory=free_memory(device), devices=config.sequence_parallel, host_memory=host)
+    best, why = pick(job, machine)
     way = {name: best.options[name] for name in OPTIONS}
     return {"way": way, "note": {"strategy": best.name, "strategy_reason": why}}
 

@@ -213,7 +213,14 @@ class _Run:
                     config=self.model.config, tokens=ids.shape[1], batch=len(ids), autocast=self.autocast
                 )
                 chunk = self.way["chunk_tokens"] or best_chunk(job, self.way["gradient_checkpointing"])
-                return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
+                return chunked_backward(
+                    self.model,
+                    ids,
+                    targets,
+                    chunk,
+                    scale=1 / config.accumulation,
+                    offload=self.way["offload"],
+                )
             loss = self.forward(input_ids=ids, labels=labels).loss
         (loss / config.accumulation).backward()
         return loss.detach()
