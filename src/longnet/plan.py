@@ -215,7 +215,9 @@ _WAYS = {
 
 
 def strategies(job: Job, machine: Machine) -> tuple[Strategy, ...]:
-    """All ways to take a step, with what they need, and why those that do not fit do not. In chunks: on one device only.
+    """All ways to take a step, with what they need, and why those that do not fit do not.
+
+    In chunks on one device only, and offloaded only where there is host memory.
 
     Raises:
         ValueError: hierarchical layers, whose memory depends on what they open, or a bidirectional model.
@@ -233,8 +235,8 @@ def strategies(job: Job, machine: Machine) -> tuple[Strategy, ...]:
         )
     return tuple(
         _strategy(name, job, machine)
-        for name, (_, chunked, _) in _WAYS.items()
-        if machine.devices == 1 or not chunked
+        for name, (_, chunked, offload) in _WAYS.items()
+        if (machine.devices == 1 or not chunked) and (machine.host_memory or not offload)
     )
 
 
