@@ -136,4 +136,4 @@ def test_no_torch():
     tree = ast.parse(Path(schedule.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert modules == {"__future__", "dataclasses", "functools", "longnet.patterns", "typing"}
+    assert modules == {"__future__", "bisect", "dataclasses", "functools", "longnet.patterns", "typing"}

@@ -7,6 +7,7 @@ work of a job of 1024 devices can be counted on a laptop.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,8 +57,9 @@ class Shards:
 
     def owners(self, begin: int, end: int) -> tuple[int, ...]:
         """The ranks that keep at least one of the tokens [begin, end)."""
-        spans = zip(self.borders, self.borders[1:], strict=False)
-        return tuple(i for i, (a, b) in enumerate(spans) if max(a, begin) < min(b, end))
+        b = self.borders
+        first, last = max(0, bisect_right(b, begin) - 1), min(self.ranks, bisect_left(b, end))
+        return tuple(i for i in range(first, last) if max(b[i], begin) < min(b[i + 1], end))
 
 
 class SharedSegment(NamedTuple):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from longnet import LongNetConfig, LongNetForCausalLM
-from longnet.train import chunked
-from longnet.train.chunked import ChunkStore, choose_chunk, chunked_backward
+from longnet.plan import Job, best_chunk, state_bytes
+from longnet.train.chunked import ChunkStore, chunked_backward
 
 CASES = {
     "geometric": ([8, 32, 128], [1, 4, 16]),
@@ -81,16 +81,6 @@ def test_memory_keeps_only_what_later_chunks_can_see():
     # Only the branch (128, 16) crosses: 8 rows a segment, 2 layers, keys and values of 8 bytes.
     slots = len(pattern.slots(16, 4, 2))
     assert store.nbytes() == 2 * 2 * 8 * 8 * slots * 4096 // 16
-
-
-def test_the_chosen_chunk_grows_with_the_root_of_the_length():
-    config = LongNetConfig.preset(
-        "base", segment_lengths=[2048 * 2**i for i in range(20)], dilation_rates=[2**i for i in range(20)]
-    )
-    chunks = [choose_chunk(config, n) for n in (10**6, 10**8, 10**9)]
-    assert chunks == sorted(chunks)
-    assert 2**18 <= chunks[1] <= 2**22
-    assert choose_chunk(config, 1000) == 1000
 
 
 def tree_model(attention, key_conv=4, dtype=torch.float64, retention=(24, 12)):
@@ -181,7 +171,7 @@ def test_states_at_the_borders_take_the_bytes_that_the_chunk_is_chosen_by(monkey
     chunked_backward(network, *data(1, 601), 100)
     tail = 3 * 2 * 8 * 4  # the raw keys of the convolution: 3 of 2 heads of width 8
     for end, size in sizes.items():
-        state = chunked._state_bytes(network.config.hierarchical_pattern(), network.config, end, 4)
+        state = state_bytes(network.config.hierarchical_pattern(), network.config, end, 4)
         assert size == 2 * (state + tail)
     assert list(sizes) == [100, 200, 300, 400, 500, 600]
     # Tokens and each level are bounded: six times the text adds a few nodes of coarse levels.
@@ -190,7 +180,7 @@ def test_states_at_the_borders_take_the_bytes_that_the_chunk_is_chosen_by(monkey
 
 def test_the_chosen_chunk_counts_hierarchical_states():
     config = LongNetConfig.preset("base", attention="hierarchical", hierarchical={"retention": [8192, 128]})
-    chunks = [choose_chunk(config, n) for n in (10**6, 10**8, 10**9)]
+    chunks = [best_chunk(Job(config=config, tokens=n)) for n in (10**6, 10**8, 10**9)]
     assert chunks == sorted(chunks)
     assert chunks[0] < chunks[2] < 10**8
 
@@ -207,3 +197,53 @@ def test_refusals():
     config = LongNetConfig(num_hidden_layers=1, bidirectional=True)
     with pytest.raises(ValueError, match="causal"):
         ChunkStore(config, 1, 10, 2, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("geometric", 7), ("geometric", 50), ("ragged", 24), ("ragged", 200)]
+)
+def test_rows_in_host_memory_give_the_gradients_of_one_backward_pass(name, chunk, recompute):
+    network = model(name)
+    if recompute:
+        network.gradient_checkpointing_enable()
+    ids, targets = data(2, 151)
+    loss, wanted = whole(network, ids, targets)
+    found = chunked_backward(network, ids, targets, chunk, offload=True)
+    torch.testing.assert_close(found, loss, atol=1e-12, rtol=0)
+    for (parameter_name, parameter), gradient in zip(weights(network), wanted, strict=True):
+        error = (parameter.grad - gradient).abs().max()
+        assert error <= 1e-12 * max(1, gradient.abs().max()), parameter_name
+
+
+def test_rows_in_host_memory_are_copied_a_layer_ahead_and_never_stand_in_two_places():
+    """What is taken is a copy in one of two sets; what is not given back does not change what is kept."""
+    config = model().config
+    store = ChunkStore(config, 1, 151, 7, "cpu", torch.float64, offload=True)
+    rows, asked = store.rows, []
+    fetch = rows._fetch
+
+    def watched(layer, tokens):
+        asked.append((layer, tokens))
+        fetch(layer, tokens)
+
+    rows._fetch = watched
+    first = rows.take(0, (14, 20), 1)
+    assert asked == [(0, (14, 20)), (1, (14, 20))]
+    second = rows.take(1, (14, 20), 2)
+    assert len(asked) == 2  # layer 1 was under way, and there is no layer 2
+    addresses = [
+        {x.data_ptr() for buffers in taken for pair in buffers for x in pair if x.numel()}
+        for taken in (first, second)
+    ]
+    assert not addresses[0] & addresses[1]
+    second[1][2][0].fill_(1.0)
+    assert not rows.segments(1, 20)[2][0].any()
+    rows.give(1, 20, second[1])
+    assert rows.segments(1, 20)[2][0].all()
+    assert rows.take(1, (20,), 0)[0][2][0].all()
+
+
+def test_rows_in_host_memory_are_for_dilated_layers():
+    with pytest.raises(ValueError, match="offload"):
+        chunked_backward(tree_model(["hierarchical", "dilated"]), *data(1, 20), 5, offload=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,26 +22,44 @@ from longnet.patterns import DilatedPattern
 TILE = 1024
 
 
+class KeptRows(Protocol):
+    """Rows that chunks leave behind, of one layer, in the layout of `attention.cached`; a branch that is not kept has none.
+
+    Valid until the next layer asks.
+    """
+
+    def rows(self, backward: bool) -> Buffers:
+        """Per branch the keys and values of the segment in which the chunk begins."""
+        ...
+
+    def gradients(self) -> Sequence[Buffers]:
+        """Gradients of the same, to be added to in place, and of the rows of the segment in which the chunk ends."""
+        ...
+
+    def add(self, gradients: Buffers) -> None:
+        """Keep the first of `gradients()`, which has been added to."""
+        ...
+
+
 class ChunkAttention(torch.autograd.Function):
     """out (B, n, H, D) of a chunk at positions start .. start + n - 1.
 
-    apply(q, k, v, pattern, start, before, before_grads, own_grads): `before` holds, per branch, the rows of the segment that
-    holds `start` (the layout of `attention.cached`), `before_grads` their gradients, added to in place; `own_grads` the
-    gradients of the rows that this chunk left in the segment in which it ends. A branch that is not kept has no rows.
+    apply(q, k, v, pattern, start, kept): `kept` is a `KeptRows`.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, pattern, start, before, before_grads, own_grads):
-        out, lse = prefill_attention(q, k, v, pattern, before, start)
+    def forward(ctx, q, k, v, pattern, start, kept):
+        out, lse = prefill_attention(q, k, v, pattern, kept.rows(backward=False), start)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = (pattern, start, before, before_grads, own_grads)
+        ctx.arguments = (pattern, start, kept)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
-        pattern, start, before, before_grads, own_grads = ctx.arguments
+        pattern, start, kept = ctx.arguments
+        before, (before_grads, own_grads) = kept.rows(backward=True), kept.gradients()
         dout = dout.contiguous()
         scale = 1 / math.sqrt(q.shape[3])
         dq, dk, dv = strided.backward(dout, None, q, k, v, out, lse, None, pattern, True, scale, start)
@@ -66,7 +85,8 @@ class ChunkAttention(torch.autograd.Function):
             for total, source in zip((dk, dv), own_grads[run.branch], strict=True):
                 target = view(total, run.heads, key_head, step[0], token, step[2], run.tokens, run.rate)
                 target.add_(view(source, run.heads, slot, step[1], row, step[3], run.rows, 1))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        kept.add(before_grads)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _attend_backward(
@@ -96,14 +116,7 @@ def _attend_backward(
 
 
 def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: DilatedPattern,
-    start: int,
-    before: Buffers,
-    before_grads: Buffers,
-    own_grads: Buffers,
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, start: int, kept: KeptRows
 ) -> Tensor:
     """`ChunkAttention` as a function."""
-    return ChunkAttention.apply(q, k, v, pattern, start, before, before_grads, own_grads)  # type: ignore[return-value]
+    return ChunkAttention.apply(q, k, v, pattern, start, kept)  # type: ignore[return-value]

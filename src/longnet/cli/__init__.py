@@ -15,6 +15,7 @@ from longnet.cli.explain import explain
 from longnet.cli.extract import extract
 from longnet.cli.generate import generate
 from longnet.cli.machine import bench, doctor
+from longnet.cli.plan import plan
 from longnet.cli.read import evaluate
 from longnet.cli.recipe import expand, registry
 from longnet.cli.serve import serve
@@ -30,6 +31,7 @@ COMMANDS = {
     "extract": extract,
     "serve": serve,
     "explain": explain,
+    "plan": plan,
     "doctor": doctor,
     "bench": bench,
     "demo": demo,

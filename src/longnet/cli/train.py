@@ -85,6 +85,9 @@ def train_with_bar(config: TrainConfig) -> TrainSummary:
 
         def show(event: dict) -> None:
             bar.update(event["step"] - bar.n)
+            if "strategy" in event:  # before the first step
+                bar.write(f"{event['strategy']}: {event['strategy_reason']}")
+                return
             if "validation_bits_per_byte" in event:
                 bar.write(f"step {event['step']}: held out {event['validation_bits_per_byte']:.3f} bits/byte")
             if "save_error" in event:

@@ -181,7 +181,7 @@ class LongNetConfig(PreTrainedConfig):
                 f"expected hierarchical to hold fields of HierarchicalPattern; got {fields}: {error}"
             ) from error
 
-    def _matrix_parameters(self) -> int:
+    def matrix_parameters(self) -> int:
         """Weights of all layers that take part in a matrix product: every one costs 2 operations
         per token."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads  # q, o, k, v
@@ -196,7 +196,7 @@ class LongNetConfig(PreTrainedConfig):
         pooling = self.num_key_value_heads * self.head_dim * (1 + self.key_conv)
         routing = self.num_attention_heads * (1 + self.hierarchical_pattern().most_levels())
         extra = self.attention_kinds().count("hierarchical") * (pooling + routing)
-        return self._matrix_parameters() + norms + extra + tables * self.vocab_size * self.hidden_size
+        return self.matrix_parameters() + norms + extra + tables * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, num_tokens: int, training: bool = True) -> float:
         """Operations per token at sequence length N, the embedding look-up excluded, recomputation
@@ -205,7 +205,7 @@ class LongNetConfig(PreTrainedConfig):
         forward = 2 (matrices + hidden V) + the sum over layers of pattern.flops(N) / N;
         training = 3 * the first term + 3.5 * the second (its backward recomputes the scores).
         """
-        matrices = 2 * (self._matrix_parameters() + self.vocab_size * self.hidden_size)
+        matrices = 2 * (self.matrix_parameters() + self.vocab_size * self.hidden_size)
         kinds, shape = self.attention_kinds(), (num_tokens, self.num_attention_heads, self.head_dim)
         attention = 0.0
         if "dilated" in kinds:

@@ -8,42 +8,67 @@ parameters equal those of one backward pass over the whole sequence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longnet.attention.cached import prefill_attention, write_rows
+from longnet.attention.cached import Buffers, prefill_attention, write_rows
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_recurrent import RecurrentState
 from longnet.attention.hierarchical_torch import Parameters
 from longnet.attention.recurrent import attend_chunk
-from longnet.patterns import DilatedPattern, HierarchicalPattern
+from longnet.patterns import DilatedPattern
+from longnet.train.rows import DeviceRows, HostRows
+
+
+class _KeptRows(NamedTuple):
+    """What `attend_chunk` needs of the rows that one layer keeps, for a chunk from `start` to `last`."""
+
+    kept: DeviceRows
+    kept_gradients: DeviceRows
+    layer: int
+    start: int
+    last: int
+
+    def rows(self, backward: bool) -> Buffers:
+        return self.kept.take(self.layer, (self.start,), self.layer + (-1 if backward else 1))[0]
+
+    def gradients(self) -> list[Buffers]:
+        return self.kept_gradients.take(self.layer, (self.start, self.last), self.layer - 1)
+
+    def add(self, gradients: Buffers) -> None:
+        self.kept_gradients.give(self.layer, self.start, gradients)
 
 
 class ChunkStore:
     """The kept rows of all layers and their gradients; stands where a model expects its cache.
 
-    A branch is kept if one of its segments crosses a border between chunks. Keys and values are (B, rows, slots, D), segment
-    after segment; gradients are fp32 of the same shape, made when the reverse pass begins. A hierarchical layer has a
-    `RecurrentState` of its own instead.
+    A branch is kept if one of its segments crosses a border between chunks. Gradients are fp32 of the shape of keys and values,
+    made when the reverse pass begins; with `offload` both lie in host memory. A hierarchical layer has a `RecurrentState` of
+    its own instead.
     """
 
     differentiable = True
 
     def __init__(
-        self, config: Any, batch: int, num_tokens: int, chunk: int, device: Any, dtype: torch.dtype
+        self,
+        config: Any,
+        batch: int,
+        num_tokens: int,
+        chunk: int,
+        device: Any,
+        dtype: torch.dtype,
+        offload: bool = False,
     ) -> None:
         if config.bidirectional:
             raise ValueError("expected a causal model; got a bidirectional one; train it on whole windows")
         self.pattern: DilatedPattern = config.pattern()
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
-        self.chunk, self.start, self.reverse = chunk, 0, False
+        self.chunk, self.start = chunk, 0
         self.dtype = dtype
         self.positions = torch.zeros(batch, dtype=torch.int64, device=device)
-        rows = [self._rows(w, r, num_tokens) for w, r in self.pattern.branches]
         kinds = config.attention_kinds()
         tree: Any = config.hierarchical_pattern() if "hierarchical" in kinds else None
         tail = max(0, config.key_conv - 1)
@@ -53,36 +78,37 @@ class ChunkStore:
             if kind == "hierarchical"
         }
 
-        def make(of: torch.dtype) -> list:
-            return [
-                [
-                    tuple(
-                        torch.zeros(batch, n, slots, config.head_dim, dtype=of, device=device)
-                        for _ in range(2)
-                    )
-                    for n, slots in rows
-                ]
-                if kind == "dilated"
-                else []
-                for kind in kinds
-            ]
+        if offload and self.states:
+            raise ValueError(
+                "offload: expected dilated attention in every layer; got hierarchical ones, whose states stay on the device"
+            )
+        shapes = [(*self._shape(w, r, batch, num_tokens), config.head_dim) for w, r in self.pattern.branches]
+        # Layers that are not dilated keep no rows.
+        home, self.index = HostRows if offload else DeviceRows, {}
+        for layer, kind in enumerate(kinds):
+            if kind == "dilated":
+                self.index[layer] = len(self.index)
+
+        def make(of: torch.dtype) -> DeviceRows:
+            return home(self.pattern, len(self.index), shapes, of, device)
 
         self.rows = make(dtype)
-        self._make_gradients: Callable[[], list] = lambda: make(torch.promote_types(dtype, torch.float32))
-        self.gradients: list = []
+        self._make_gradients = lambda: make(torch.promote_types(dtype, torch.float32))
+        self.gradients: DeviceRows | None = None
 
-    def _rows(self, w: int, r: int, num_tokens: int) -> tuple[int, int]:
+    def _shape(self, w: int, r: int, batch: int, num_tokens: int) -> tuple[int, int, int, int]:
+        """(segments, B, rows, slots) of a branch."""
         slots = len(self.pattern.slots(r, self.num_heads, self.num_key_heads))
         if self.chunk % w == 0 or self.chunk >= num_tokens:
-            return 0, slots
+            return 1, batch, 0, slots
         segments = -(-num_tokens // w)
-        return (segments * self.pattern.rows(w, r) if segments > 1 else -(-num_tokens // r)), slots
+        return segments, batch, self.pattern.rows(w, r) if segments > 1 else -(-num_tokens // r), slots
 
     def begin(self, start: int, reverse: bool = False) -> None:
         """The next forward is that of the chunk at `start`."""
-        if reverse and not self.reverse:
+        if reverse and self.gradients is None:
             self.gradients = self._make_gradients()
-        self.start, self.reverse = start, reverse
+        self.start = start
         self.positions.fill_(start)
         for state in self.states.values():
             state.begin(start, reverse)
@@ -101,29 +127,20 @@ class ChunkStore:
         for state in self.states.values():
             state.pull()
 
-    def _segments(self, buffers: list, token: int) -> list[tuple[Tensor, Tensor]]:
-        """Per branch the rows of the segment that holds `token`."""
-        parts = []
-        for (w, r), (keys, values) in zip(self.pattern.branches, buffers, strict=True):
-            first = token // w * self.pattern.rows(w, r)
-            part = slice(first, first + self.pattern.rows(w, r))
-            parts.append((keys[:, part], values[:, part]))
-        return parts
-
     def attend(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor, lengths: Any = None) -> Tensor:
         """Attention of the chunk at `start`: -> (B, n, H, D)."""
         if lengths is not None:
             raise ValueError("expected sequences of equal length in chunked training; got lengths")
-        kept, before_dtype = self.rows[layer_index], q.dtype
+        layer, before_dtype = self.index[layer_index], q.dtype
         q, k, v = (x.to(self.dtype) for x in (q, k, v))
-        before = self._segments(kept, self.start)
         last = self.start + q.shape[1] - 1
-        if self.reverse:
-            gradients = self.gradients[layer_index]
-            parts = (before, self._segments(gradients, self.start), self._segments(gradients, last))
-            return attend_chunk(q, k, v, self.pattern, self.start, *parts).to(before_dtype)
+        if self.gradients is not None:
+            kept = _KeptRows(self.rows, self.gradients, layer, self.start, last)
+            return attend_chunk(q, k, v, self.pattern, self.start, kept).to(before_dtype)
+        before, after = self.rows.take(layer, (self.start, last), layer + 1)
         out = prefill_attention(q, k, v, self.pattern, before, self.start).out
-        write_rows(self._segments(kept, last), k, v, self.pattern, self.num_heads, self.start)
+        write_rows(after, k, v, self.pattern, self.num_heads, self.start)
+        self.rows.give(layer, last, after)
         return out.to(before_dtype)
 
     def attend_hierarchical(
@@ -143,8 +160,8 @@ class ChunkStore:
 
     def nbytes(self) -> int:
         """Bytes of all that is kept and of its gradients."""
-        rows = (x for of in (self.rows, self.gradients) for layer in of for pair in layer for x in pair)
-        return sum(x.nbytes for x in rows) + sum(state.nbytes() for state in self.states.values())
+        rows = self.rows.nbytes() + (0 if self.gradients is None else self.gradients.nbytes())
+        return rows + sum(state.nbytes() for state in self.states.values())
 
 
 def chunked_backward(
@@ -154,6 +171,7 @@ def chunked_backward(
     chunk: int,
     dtype: torch.dtype | None = None,
     scale: float = 1.0,
+    offload: bool = False,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Accumulate the exact gradient of the mean loss into the parameters' .grad; the loss (nats) is returned, detached.
@@ -162,13 +180,15 @@ def chunked_backward(
         model: `LongNetForCausalLM`, causal; hierarchical layers need a retention.
         input_ids, targets: (B, N), any integers, on any device (chunks are moved and widened); targets[:, n] is to be predicted
             after input_ids[:, n], -100 is ignored.
-        chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `choose_chunk`.
+        chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `plan.best_chunk`.
         dtype: of the kept rows; None is the autocast dtype if autocast is on, else the dtype of the weights.
         scale: factor on the gradients, not on the loss that is returned.
+        offload: keep rows and their gradients in host memory (pinned for a GPU); dilated layers only.
         on_chunk: called with (chunks done, chunks to do), both passes counted.
 
     Raises:
-        ValueError: shapes that differ, chunk < 1, a model that is not causal, hierarchical layers that keep everything.
+        ValueError: shapes that differ, chunk < 1, a model that is not causal, hierarchical layers that keep everything, or that
+            `offload` cannot serve.
     """
     if input_ids.shape != targets.shape or input_ids.dim() != 2 or chunk < 1:
         raise ValueError(
@@ -181,7 +201,7 @@ def chunked_backward(
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else parameter.dtype
     batch, num_tokens = input_ids.shape
-    store = ChunkStore(model.config, batch, num_tokens, chunk, device, dtype)
+    store = ChunkStore(model.config, batch, num_tokens, chunk, device, dtype, offload)
     count = (targets != -100).sum().clamp(min=1).to(device)
     starts = range(0, num_tokens, chunk)
     done, todo = 0, 2 * len(starts) - 1
@@ -213,44 +233,3 @@ def chunked_backward(
 
 def _moved(ids: Tensor, device: Any) -> Tensor:
     return ids.to(device, non_blocking=True).long()
-
-
-def choose_chunk(config: Any, num_tokens: int, batch: int = 1, bytes_per_number: int = 2) -> int:
-    """The chunk, a power of two times the shortest segment, that needs the least memory; the larger of equals.
-
-    memory(c) = c (24 + 2 L) hidden + the kept rows (K and V in 16 bits, their gradients in 32) of all branches that cross
-    chunks + the states of hierarchical layers at all borders; the optimum grows with the square root of N.
-    """
-    pattern, kinds = config.pattern(), config.attention_kinds()
-    dilated, hierarchical = kinds.count("dilated"), kinds.count("hierarchical")
-    width = dilated * config.head_dim * (2 * bytes_per_number + 8)
-    border = (
-        _state_bytes(config.hierarchical_pattern(), config, num_tokens, bytes_per_number)
-        if hierarchical
-        else 0
-    )
-
-    def memory(chunk: int) -> float:
-        store = sum(
-            len(pattern.slots(r, config.num_attention_heads, config.num_key_value_heads))
-            * -(-num_tokens // r)
-            for w, r in pattern.branches
-            if chunk % w and chunk < num_tokens
-        )
-        borders = -(-num_tokens // chunk) - 1
-        activations = chunk * (24 + 2 * config.num_hidden_layers) * config.hidden_size
-        return width * store + hierarchical * borders * border + activations
-
-    shortest = min(pattern.segment_lengths)
-    sizes = [shortest * 2**i for i in range(1 + max(0, math.ceil(math.log2(max(1, num_tokens / shortest)))))]
-    return min(num_tokens, min(reversed(sizes), key=memory))
-
-
-def _state_bytes(
-    pattern: HierarchicalPattern, config: Any, num_tokens: int, bytes_per_number: int = 2
-) -> int:
-    """Bytes that one hierarchical layer holds of one sequence at a border: tokens (k, k turned, v) and summaries with their mass
-    and entropy."""
-    tokens, nodes = pattern.cache_entries(num_tokens)
-    key_width = config.head_dim * bytes_per_number
-    return config.num_key_value_heads * (tokens * 3 * key_width + nodes * (2 * key_width + 8))

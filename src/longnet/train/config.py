@@ -18,7 +18,7 @@ from longnet.train import parallelize
 # May differ between a run and its continuation: they do not change what a step computes.
 _FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
 _FREE_FIELDS += ("on_save_error", "eval_every", "eval_windows", "sample_every", "tensorboard")
-_FREE_FIELDS += ("sequence_parallel", "timeout")
+_FREE_FIELDS += ("sequence_parallel", "timeout", "offload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,13 @@ class TrainConfig:
     tile_tokens: int | None = None
     """Tokens of a tile: norms, SwiGLU and projections of a layer are computed tile by tile and once more in the backward pass,
     with equal gradients. With gradient_checkpointing, for windows of a million tokens and more. None: all tokens at once."""
-    sequence_strategy: Literal["whole", "chunked"] = "whole"
-    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit."""
+    sequence_strategy: Literal["whole", "chunked", "auto"] = "whole"
+    """whole: a window at once. chunked: exact gradients a chunk at a time, for windows whose activations do not fit. auto: the
+    fastest that fits into the memory that is free when a run begins, recomputed layers included; a continuation keeps it."""
     chunk_tokens: int | None = None
     """Tokens of a chunk; None takes the size that needs the least memory."""
+    offload: bool = False
+    """Under chunked, what later chunks can still see waits in host memory, with its gradients. Under auto it may."""
     seed: int = 0
     """Of initial weights and data order."""
     save_every: int = 200
@@ -109,13 +112,22 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer) -> LongNetConfig:
     if tokenizer.name != BYTES.name:
         ends = {"bos_token_id": None, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
         fields = {"vocab_size": len(tokenizer.spelling)} | ends | fields
-    made = LongNetConfig.preset(config.preset, **fields)
+    made = preset_config(config.preset, fields)
     if made.vocab_size < len(tokenizer.spelling):
         raise ValueError(
             f"model: expected vocab_size of at least {len(tokenizer.spelling)}, the ids of {config.data}; got {made.vocab_size}; "
             "leave it out"
         )
     return made
+
+
+def preset_config(preset: str, fields: dict[str, Any]) -> LongNetConfig:
+    """A preset with some fields replaced; ValueError for fields that do not exist."""
+    known = LongNetConfig.preset(preset).to_dict()
+    unknown = [name for name in fields if name not in known]
+    if unknown:  # a configuration keeps unknown fields without a word
+        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    return LongNetConfig.preset(preset, **fields)
 
 
 def check(config: TrainConfig) -> None:
@@ -128,18 +140,16 @@ def check(config: TrainConfig) -> None:
         config.eval_every,
         config.sample_every,
         config.compile,
-        config.sequence_strategy,
+        config.sequence_strategy == "chunked",
         config.objective,
     )
-    if world > 1 and alone != (0, 0, False, "whole", "causal"):
+    if world > 1 and alone != (0, 0, False, False, "causal"):
         raise ValueError(
-            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' and 'causal' with "
-            f"{world} ranks; got {alone}; evaluate checkpoints with `longnet eval`"
+            "eval_every, sample_every, compile, sequence_strategy, objective: expected 0, 0, False, 'whole' or 'auto' and "
+            f"'causal' with {world} ranks; got {alone[:3]}, {config.sequence_strategy!r}, {config.objective!r}; evaluate "
+            "checkpoints with `longnet eval`"
         )
-    known = LongNetConfig.preset(config.preset).to_dict()
-    unknown = [name for name in config.model if name not in known]
-    if unknown:  # a configuration keeps unknown fields without a word
-        raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
+    model = preset_config(config.preset, config.model)
     try:
         device = torch.device("cpu" if config.device == "auto" else config.device)
     except RuntimeError as error:
@@ -174,20 +184,10 @@ def check(config: TrainConfig) -> None:
     for name in ("chunk_tokens", "tile_tokens"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name}: expected None or at least 1; got {getattr(config, name)}")
-    if config.sequence_strategy == "chunked":
-        model = LongNetConfig.preset(config.preset, **config.model)
-        kept_whole = (
-            "hierarchical" in model.attention_kinds() and model.hierarchical_pattern().retention is None
-        )
-        if kept_whole or config.objective != "causal":
-            raise ValueError(
-                "sequence_strategy: expected 'whole' for masked spans and for hierarchical layers without a retention; got "
-                "'chunked'"
-            )
+    _check_strategy(config, model)
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
-    model = LongNetConfig.preset(config.preset, **config.model)
     if config.sequence_parallel > 1 and model.attention_impl not in (None, "strided"):
         raise ValueError(
             "attention_impl: expected None with sequence_parallel, whose layers attend by library operations; got "
@@ -195,3 +195,31 @@ def check(config: TrainConfig) -> None:
         )
     shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
     parallelize.check_layout(world, *shape, parallelize.shard_block(model))
+
+
+def _check_strategy(config: TrainConfig, model: LongNetConfig) -> None:
+    hierarchical = "hierarchical" in model.attention_kinds()
+    if config.sequence_strategy == "chunked":
+        kept_whole = hierarchical and model.hierarchical_pattern().retention is None
+        if kept_whole or config.objective != "causal":
+            raise ValueError(
+                "sequence_strategy: expected 'whole' for masked spans and for hierarchical layers without a retention; got "
+                "'chunked'"
+            )
+    if config.offload and (config.sequence_strategy == "whole" or hierarchical):
+        raise ValueError(
+            "offload: expected sequence_strategy 'chunked' or 'auto' and dilated attention in every layer; got "
+            f"{config.sequence_strategy!r}, {sorted(set(model.attention_kinds()))}; leave offload out"
+        )
+    if config.sequence_strategy == "auto":
+        if hierarchical or config.objective != "causal":
+            raise ValueError(
+                "sequence_strategy: expected 'whole' or 'chunked' for masked spans and hierarchical layers, whose memory no "
+                "formula tells; got 'auto'"
+            )
+        given = (config.gradient_checkpointing, config.tile_tokens, config.chunk_tokens)
+        if given != (False, None, None):
+            raise ValueError(
+                "gradient_checkpointing, tile_tokens, chunk_tokens: expected False, None and None where sequence_strategy "
+                f"'auto' picks them; got {given}; leave them out or name the strategy"
+            )

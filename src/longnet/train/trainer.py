@@ -21,9 +21,10 @@ from torch import Tensor
 from longnet.integrations.tokenizer import BYTES
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.model.tiles import set_tile
+from longnet.plan import Job, best_chunk
 from longnet.text import Tokenizer
-from longnet.train import checkpoint, parallelize
-from longnet.train.chunked import choose_chunk, chunked_backward
+from longnet.train import checkpoint, parallelize, strategy
+from longnet.train.chunked import chunked_backward
 from longnet.train.config import TrainConfig, check, identity, model_config
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
@@ -64,6 +65,8 @@ def train(
     leader = parallelize.is_leader()
     started = time.perf_counter()
     first, loss = run.step, math.nan
+    if leader and run.note:
+        on_event({"step": run.step, **run.note})
     with _stop_signals() as stop:
         run.signals = stop
         while run.step < config.steps and not run.stopping:
@@ -116,9 +119,6 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = _build(config, self.tokenizer)
         torch.nn.Module.to(self.model, self.device)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-        set_tile(self.model, config.tile_tokens)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.parallel: parallelize.Parallel | None = None
         if many:
@@ -143,7 +143,26 @@ class _Run:
         self.unlogged: list[str] = []
         config.output.mkdir(parents=True, exist_ok=True)
         self.metrics = config.output / "metrics.jsonl"
-        self.restore()
+        self.note: dict[str, str] = {}
+        self.way = self._way(self.restore())
+        if self.way["gradient_checkpointing"]:
+            self.model.gradient_checkpointing_enable()
+        set_tile(self.model, self.way["tile_tokens"])
+
+    def _way(self, state: dict[str, Any] | None) -> dict[str, Any]:
+        """The options that say how a window is taken: those given, those that a continued run picked, or a fresh pick."""
+        if self.config.sequence_strategy != "auto":
+            return strategy.given(self.config)
+        if state is not None:
+            return state["way"]
+
+        def choose() -> dict[str, Any]:
+            return strategy.picked(self.config, self.model.config, self.device, self.autocast)
+
+        # The leader's memory decides for all: ranks that differ would wait for each other for ever.
+        found = choose() if self.parallel is None else self.parallel.on_leader(choose)
+        self.note = found["note"]
+        return found["way"]
 
     def advance(self) -> dict[str, Any]:
         """One optimizer step."""
@@ -196,10 +215,20 @@ class _Run:
         """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            if config.sequence_strategy == "chunked":
+            if self.way["sequence_strategy"] == "chunked":
                 targets = torch.cat((labels[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
-                chunk = config.chunk_tokens or choose_chunk(self.model.config, ids.shape[1])
-                return chunked_backward(self.model, ids, targets, chunk, scale=1 / config.accumulation)
+                job = Job(
+                    config=self.model.config, tokens=ids.shape[1], batch=len(ids), autocast=self.autocast
+                )
+                chunk = self.way["chunk_tokens"] or best_chunk(job, self.way["gradient_checkpointing"])
+                return chunked_backward(
+                    self.model,
+                    ids,
+                    targets,
+                    chunk,
+                    scale=1 / config.accumulation,
+                    offload=self.way["offload"],
+                )
             loss = self.forward(input_ids=ids, labels=labels).loss
         (loss / config.accumulation).backward()
         return loss.detach()
@@ -220,7 +249,8 @@ class _Run:
         """Append to metrics.jsonl whole lines; under on_save_error="continue" what cannot be written waits for the next time."""
         if not parallelize.is_leader():
             return
-        self.unlogged.append(json.dumps(record) + "\n")
+        self.unlogged.append(json.dumps(record | self.note) + "\n")
+        self.note = {}
         size = self.metrics.stat().st_size
         try:
             with open(self.metrics, "a") as stream:
@@ -248,6 +278,7 @@ class _Run:
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {"step": self.step, "data": self.sampler.state_dict(), "config": self.identity()}
+        state["way"] = self.way
         groups: checkpoint.Groups = {"weights": weights, "optimizer": moments, "random": random}
         folder = self.config.output / "checkpoints"
 
@@ -342,14 +373,14 @@ class _Run:
         like |= {("optimizer", f"{i}.{name}"): p for i, p in enumerate(ordered) for name in moments}
         return parallel.distribute(found[0] if found else None, like), state
 
-    def restore(self) -> None:
-        """Continue from the newest intact checkpoint; drop metrics of steps that will be taken again."""
+    def restore(self) -> dict[str, Any] | None:
+        """Continue from the newest intact checkpoint, whose state is returned; drop metrics of steps that will be taken again."""
         found = self._newest() if self.parallel is None else self._newest_of_leader(self.parallel)
         leader = parallelize.is_leader()
         if found is None:
             if leader:
                 self.metrics.write_text("")
-            return
+            return None
         tensors, state = found
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -367,6 +398,7 @@ class _Run:
         self.step = int(state["step"])
         if leader:
             _truncate_metrics(self.metrics, self.step)
+        return state
 
     def _elsewhere(self, source: Path) -> Path:
         """The checkpoint that `resume` names: one, or the newest intact one of another run."""

@@ -1,0 +1,81 @@
+"""`longnet plan`: the table, the JSON, the command line that it recommends, and what it refuses."""
+
+import json
+import shlex
+import sys
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from longnet import LongNetConfig
+from longnet.cli import main
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["longnet", "plan", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_table_and_the_figures_agree(plan):
+    arguments = ["--tokens", 2**20, "--ratio", 4, "--memory", 40, "--host-memory", 64]
+    code, out, _ = plan(*arguments)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("85.2 million parameters, 12 layers of 768, 6 branches up to 2,097,152 tokens")
+    code, out, _ = plan(*arguments, "--json")
+    found = json.loads(out)
+    assert [s["name"] for s in found["training"]] == [line.split("  ")[0].rstrip() for line in lines[2:8]]
+    for way, line in zip([*found["training"], found["reading"]], lines[2:9], strict=True):
+        assert f" {way['total'] / 2**30:,.1f} " in line
+        assert sum(way["memory"].values()) == way["total"]
+        assert (" no " in line) == bool(way["problem"])
+    assert lines[-1].startswith(f"{found['pick']}: longnet train --sequence-length 1048576 ")
+
+
+@pytest.mark.parametrize(
+    ("memory", "flag"), [(600, "whole"), (40, "chunked"), (8, "--gradient-checkpointing")]
+)
+def test_the_recommended_options_are_those_of_the_trainer(plan, memory, flag):
+    from longnet.cli.recipe import registry
+    from longnet.train import TrainConfig
+
+    tyro = sys.modules["tyro"]
+    code, out, _ = plan("--tokens", 2**20, "--ratio", 4, "--memory", memory)
+    assert code == 0
+    command = shlex.split(out.splitlines()[-1].split("longnet train ")[1])
+    assert flag in command
+    config = tyro.cli(TrainConfig, args=["--data", "d", "--output", "o", *command], registry=registry)
+    assert config.sequence_length == 2**20
+
+
+def test_a_saved_model_many_devices_and_nothing_that_fits(plan, tmp_path):
+    LongNetConfig.preset("tiny").save_pretrained(tmp_path)
+    code, out, _ = plan("--tokens", 10**8, "--folder", tmp_path, "--memory", 2, "--devices", 8)
+    assert code == 0
+    assert out.startswith("1.1 million parameters")
+    assert "nothing fits" in out
+    assert "on 8 devices" in out
+
+
+def test_refusals(plan, tmp_path):
+    for arguments, part in (
+        (["--model", "nothing=1"], "nothing"),
+        (["--model", "attention=hierarchical"], "dilated attention in every layer"),
+        (["--folder", tmp_path], "config.json"),
+        (["--memory", 0], "memory"),
+        (["--chunk", 0], "chunk"),
+        (["--preset", "huge"], "huge"),
+    ):
+        code, out, error = plan("--tokens", 1000, *arguments)
+        assert (code, out) == (2, "")
+        assert part in error
