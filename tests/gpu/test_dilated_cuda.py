@@ -213,6 +213,19 @@ def test_a_captured_step_equals_the_model_while_buffers_grow():
     assert torch.equal(plain.positions, graphed.positions)
 
 
+def test_a_captured_step_leaves_captures_outside_inference_mode_possible():
+    model = tiny()
+    with torch.inference_mode():
+        step = GraphedStep(model, LongNetCache(model.config, 1, "cuda"))
+        step(torch.full((1, 1), 70, device="cuda"))
+    x, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x *= 2
+    graph.replay()
+    assert x.tolist() == [2.0] * 4
+    assert step(torch.full((1, 1), 71, device="cuda")).isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiles_without_a_graph_break(dtype):

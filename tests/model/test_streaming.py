@@ -182,3 +182,36 @@ def test_the_cache_file_is_plain_data(tmp_path):
     with safe_open(tmp_path / "cache", framework="numpy") as file:
         assert set(file.metadata()) == {"longnet"}
         assert len(list(file.keys())) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("attention", ["dilated", "hierarchical"])
+def test_a_cache_from_inference_mode_goes_on_outside_it(attention, tmp_path):
+    """Whatever was done to it in there: it holds ordinary tensors, which may be written to."""
+    torch.manual_seed(0)
+    config = LongNetConfig.preset("tiny", num_hidden_layers=1, attention=attention)
+    model = LongNetForCausalLM(config).eval()
+    ids = torch.randint(4, 260, (2, 80))
+
+    def read(cache, n=5):
+        return model(ids[:, :n], past_key_values=cache, use_cache=True).logits
+
+    with torch.inference_mode():
+        cache = LongNetCache(config, 2)
+        read(cache, 80)
+        cache.save(tmp_path / "snapshot")
+        swapped, emptied = cache.copy(), cache.copy()
+        swapped.batch_select_indices(torch.tensor([1, 0]))
+        emptied.reset()
+        others = [
+            swapped,
+            emptied,
+            cache.take([0, 1]),
+            cache.to("cpu"),
+            LongNetCache.load(tmp_path / "snapshot", config),
+        ]
+        others[2].put(0, cache.take([1]))
+        others[3].clear(1)
+    with torch.no_grad():
+        for other in (cache, *others):
+            for n in (5, 1):
+                assert read(other, n).isfinite().all()

@@ -18,12 +18,13 @@ LOG2_E = 1.4426950408889634
 
 
 class Tile(NamedTuple):
-    """Query rows and key rows of a program, load stages and warps."""
+    """Query rows and key rows of a program, load stages and warps; registers per thread, where the compiler would take more."""
 
     queries: int
     keys: int
     stages: int
     warps: int
+    registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -105,7 +106,7 @@ class Launch(NamedTuple):
             "G": q.shape[2] // k.shape[2], "D": q.shape[3], "BD": 1 << (q.shape[3] - 1).bit_length(), "BM": tile.queries,
             "BN": tile.keys, "STAGES": tile.stages, "CAUSAL": self.causal, "CYCLIC": self.pattern.head_offsets == "cyclic",
             "LENGTHS": self.lengths is not None, "FIRST": first, "PREC": "ieee" if q.dtype == torch.float32 else "tf32",
-            "num_warps": tile.warps,
+            "num_warps": tile.warps, "maxnreg": tile.registers,
         }  # fmt: skip
 
     def numbers(self, w: int, rate: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from longnet.attention.cached import decode_attention, prefill_attention, write_
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_torch import Parameters
 from longnet.model import snapshot
-from longnet.model.cache_batch import CacheBatch
+from longnet.model.cache_batch import CacheBatch, lasting
 from longnet.model.hierarchical_states import HierarchicalStates
 
 _MIN_ROWS = 64
@@ -66,7 +66,7 @@ class LongNetCache(CacheBatch):
         self.num_key_heads = config.num_key_value_heads or config.num_attention_heads
         self.dtype = dtype
         self._fingerprint = snapshot.fingerprint(config, self.pattern)
-        with torch.inference_mode(False):  # a cache made while generating may be continued outside
+        with lasting():
             self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # The host's copy spares a synchronisation per step; both change only in `advance` and by batch operations.
         self._host = [0] * batch_size
@@ -75,18 +75,19 @@ class LongNetCache(CacheBatch):
         self.version = 0
         kinds = getattr(config, "attention_kinds", lambda: ["dilated"] * config.num_hidden_layers)()
         tree: Any = config.hierarchical_pattern() if "hierarchical" in kinds else None
-        self.layers: list[Any] = [
-            [self._pair(batch_size, 0, branch) for branch in self.pattern.branches]
-            if kind == "dilated"
-            else HierarchicalStates(tree, batch_size, self.num_key_heads, self.head_dim, dtype, device)
-            for kind in kinds
-        ]
+        with lasting():
+            self.layers: list[Any] = [
+                [self._pair(batch_size, 0, branch) for branch in self.pattern.branches]
+                if kind == "dilated"
+                else HierarchicalStates(tree, batch_size, self.num_key_heads, self.head_dim, dtype, device)
+                for kind in kinds
+            ]
 
     def _pair(self, batch: int, rows: int, branch: tuple[int, int]) -> tuple[Tensor, Tensor]:
         slots = len(self.pattern.slots(branch[1], self.num_heads, self.num_key_heads))
         shape = (batch, rows, slots, self.head_dim)
         # Zeros, not empty: rows that are masked out must stay finite, 0 * NaN is NaN.
-        with torch.inference_mode(False):
+        with lasting():
             return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))  # type: ignore[return-value]
 
     def _reserve(self, layer: list[tuple[Tensor, Tensor]], end: int) -> None:
@@ -142,11 +143,13 @@ class LongNetCache(CacheBatch):
         self._check(layer_index, step.q, step.k, step.v)
         host = self._host_lengths(lengths, step.q.shape[1])
         step = Step(*(x.to(self.dtype) for x in step))
-        return self.layers[layer_index].attend(step, parameters, prior_query, host)
+        with lasting():
+            return self.layers[layer_index].attend(step, parameters, prior_query, host)
 
     def key_tail(self, layer_index: int, k: Tensor, width: int, lengths: Tensor | None) -> Tensor:
         """The width - 1 raw keys before the chunk k (B, n, K, D); those of the chunk take their place."""
-        return self.layers[layer_index].key_tail(k, width, self._host_lengths(lengths, k.shape[1]))
+        with lasting():
+            return self.layers[layer_index].key_tail(k, width, self._host_lengths(lengths, k.shape[1]))
 
     def _prefill(
         self, layer: list, q: Tensor, k: Tensor, v: Tensor, part: slice, lengths: list[int]
@@ -276,12 +279,13 @@ class LongNetCache(CacheBatch):
 
     def reset(self) -> None:
         """Forget everything; buffers stay allocated (stale rows are never read)."""
-        self.positions = torch.zeros_like(self.positions)
         self.version += 1
         self._host = [0] * self.batch_size
-        for layer in self.layers:
-            if isinstance(layer, HierarchicalStates):
-                layer.reset()
+        with lasting():
+            self.positions = torch.zeros_like(self.positions)
+            for layer in self.layers:
+                if isinstance(layer, HierarchicalStates):
+                    layer.reset()
 
     def crop(self, max_length: int) -> None:
         """Refuse to go back: rows that newer tokens overwrote are gone. (transformers calls this in assisted decoding.)
@@ -302,6 +306,7 @@ class LongNetCache(CacheBatch):
         snapshot.write(Path(path), self._tensors(), meta | {"dtype": str(self.dtype).removeprefix("torch.")})
 
     @classmethod
+    @lasting()
     def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu") -> LongNetCache:
         """Read a snapshot for a model of the same configuration; it continues bit for bit.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,6 +14,14 @@ from longnet.model.hierarchical_states import HierarchicalStates
 
 if TYPE_CHECKING:
     from longnet.patterns import DilatedPattern
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made within outlive the call: ordinary ones even in inference mode, so that others may write to them later."""
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
 
 
 class CacheBatch:
@@ -56,22 +65,22 @@ class CacheBatch:
         """Keep these sequences, in this order."""
         index = indices.to(self.device)
         host_index = torch.arange(self.batch_size)[indices.cpu()].tolist()
-        self.positions = self.positions[index]
         self.version += 1
         self._host = [self._host[b] for b in host_index]
-        self.layers = [
-            layer.select(host_index)
-            if isinstance(layer, HierarchicalStates)
-            else [(k[index], v[index]) for k, v in layer]
-            for layer in self.layers
-        ]
+        with lasting():
+            self.positions = self.positions[index]
+            self.layers = [
+                layer.select(host_index)
+                if isinstance(layer, HierarchicalStates)
+                else [(k[index], v[index]) for k, v in layer]
+                for layer in self.layers
+            ]
 
     def copy(self) -> Self:
         """The same state in memory of its own: read on with one, return to the other."""
         other = copy.copy(self)
         other._host, other._lengths = list(self._host), None
-        with torch.inference_mode(False):  # a copy made while generating may be continued outside
-            other.batch_select_indices(torch.arange(self.batch_size))
+        other.batch_select_indices(torch.arange(self.batch_size))
         return other
 
     # Sequences that join and leave a batch.
@@ -90,7 +99,7 @@ class CacheBatch:
             raise ValueError("take: expected at least one sequence; got none")
         other = copy.copy(self)
         other._host, other._lengths = [self._host[b] for b in chosen], None
-        with torch.inference_mode(False):  # as in copy()
+        with lasting():
             index = torch.tensor(chosen, device=self.device)
             other.positions = self.positions[index]
             other.layers = [
@@ -124,7 +133,8 @@ class CacheBatch:
         end = sequence._host[0]
         for own, layer in zip(self.layers, sequence.layers, strict=True):
             if isinstance(own, HierarchicalStates):
-                own.put(index, layer)
+                with lasting():
+                    own.put(index, layer)
                 continue
             self._reserve(own, end)
             for pair, source, n in zip(own, layer, self._filled([end]), strict=True):
@@ -139,7 +149,8 @@ class CacheBatch:
         index = self._place(index)
         for layer in self.layers:
             if isinstance(layer, HierarchicalStates):
-                layer.clear(index)
+                with lasting():
+                    layer.clear(index)
                 continue
             for x in (x for pair in layer for x in pair):
                 x[index] = 0
@@ -164,7 +175,7 @@ class CacheBatch:
     def to(self, device: torch.device | str) -> Self:
         """A copy on another device."""
         other = self.copy()
-        with torch.inference_mode(False):
+        with lasting():
             other.positions = other.positions.to(device)
             other.layers = [
                 layer.to(device, self._host)

@@ -28,7 +28,8 @@ class GraphedStep:
                 f"expected a model and a cache that can be captured; got: {reason}; call the model itself"
             )
         self.model, self.cache = model, cache
-        self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.device)
+        with torch.inference_mode(False):  # read where it is captured
+            self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
         self.version = -1
@@ -49,7 +50,11 @@ class GraphedStep:
         output = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(self) -> None:
+        # Not in inference mode: torch makes the random state of all captures at the first one, and as an inference tensor
+        # it would break every later capture outside that mode, the caller's own included (pytorch issue 166792).
         # Neither the warm-up nor the capture may count: both write the row that the replay writes again.
         with self.cache.uncounted():
             stream = torch.cuda.Stream(self.cache.device)
