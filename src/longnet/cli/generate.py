@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from longnet import text
-from longnet.cli.models import load_model
+from longnet.cli.models import check_place, load_model
 from longnet.generate import GenerationOutput
 from longnet.generate import generate as generate_ids
 from longnet.model import LongNetCache, LongNetForCausalLM
@@ -70,6 +70,8 @@ def generate(
         if min_new_tokens:
             raise ValueError("expected --target-length or --min-new-tokens; got both")
         max_new_tokens = min_new_tokens = target_length
+    check_place("--output", output)
+    check_place("--cache-out", cache_out)
     network = load_model(model)
     ids = _ids(prompt, prompt_file)
     cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None

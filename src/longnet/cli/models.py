@@ -1,4 +1,4 @@
-"""Load a model folder named on the command line."""
+"""Folders and files named on the command line: models to load, places to write to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 import torch
 
 from longnet.model import LongNetForCausalLM
+
+
+def check_place(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written once hours of work are done."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"{option}: expected a file in a folder that exists; got {path}")
 
 
 def load_model(path: Path) -> LongNetForCausalLM:

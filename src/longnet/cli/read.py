@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from longnet import text
-from longnet.cli.models import load_model
+from longnet.cli.models import check_place, load_model
 from longnet.model import LongNetCache, LongNetForCausalLM
 from longnet.train.data import TokenDataset
 from longnet.train.evaluate import PositionReport, StreamReport, by_position, stream
@@ -53,6 +53,9 @@ def evaluate(
         raise ValueError(
             "expected --cache-in, --cache-out and --max-seconds without --window: windows are read from nothing"
         )
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"--max-bytes: expected at least 1; got {max_bytes}")
+    check_place("--cache-out", cache_out)
     if file.is_dir():
         ids: np.ndarray = TokenDataset(file).split("validation")[:max_bytes]
     else:
@@ -63,7 +66,7 @@ def evaluate(
         done = cache.host_positions[0] if cache else 0
         if len(ids) - done < 2:
             raise ValueError(
-                f"expected more than the {done} tokens that {cache_in} has read; got a file of {len(ids)}"
+                f"file: expected at least two tokens beyond the {done} that --cache-in has read; got {len(ids)} in {file}"
             )
         if cache is None:
             cache = LongNetCache(network.config, 1, network.device, network.dtype)

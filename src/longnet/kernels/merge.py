@@ -164,7 +164,9 @@ def _join_kernel(
     b_sum = b_sum * b_old + b_w
     b_norm = tl.where(b_sum == 0.0, 1.0, b_sum)
     # A weight of 0 must silence its side even where that side holds no number.
-    b_o = b_o * (b_old / b_norm)[:, None] + tl.where((b_w == 0.0)[:, None], 0.0, b_p * (b_w / b_norm)[:, None])
+    b_o = b_o * (b_old / b_norm)[:, None] + tl.where(
+        (b_w == 0.0)[:, None], 0.0, b_p * (b_w / b_norm)[:, None]
+    )
     tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_t[:, None] & m_d)
     tl.store(p_l, tl.where(b_sum == 0.0, float("-inf"), tl.log(b_norm) + b_safe), mask=m_t)
 
