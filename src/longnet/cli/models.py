@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from longnet.model import LongNetForCausalLM
+from longnet.model.folder import load_whole
 
 
 def check_place(option: str, path: Path | None) -> None:
@@ -16,11 +17,7 @@ def check_place(option: str, path: Path | None) -> None:
 
 
 def load_model(path: Path) -> LongNetForCausalLM:
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}"
-        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LongNetForCausalLM.from_pretrained(path, use_safetensors=True)  # never a pickle
+    model = load_whole(LongNetForCausalLM, path)
     torch.nn.Module.to(model, device)
     return model
