@@ -176,25 +176,23 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
         assert longnet(*common, "--prompt", "ick", "--cache-in", tmp_path / "read")[1] == written
 
 
-def test_generate_to_a_length_into_a_file_with_bars(trained, tmp_path):
+def test_generate_to_a_length_into_a_file_with_bars(trained, longnet, tmp_path):
     folder, *_ = trained
+    (tmp_path / "prompt.txt").write_text("the quick brown fox. " * 100)
     arguments = (
-        "generate", "--model", folder / "run" / "model", "--prompt-file", "-", "--output", tmp_path / "out", "--chunk", 500,
+        "generate", "--model", folder / "run" / "model", "--prompt-file", tmp_path / "prompt.txt",
+        "--output", tmp_path / "out", "--chunk", 500,
         "--target-length", 300, "--no-repeat-ngram", 4, "--seed", 3, "--progress", "always",
     )  # fmt: skip
-    command = [sys.executable, "-m", "longnet", *map(str, arguments)]
-    done = subprocess.run(command, input=b"the quick brown fox. " * 100, capture_output=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == b""
-    assert b"read: 100%" in done.stderr
-    assert b"2.10k/2.10k" in done.stderr
-    assert b"write: 100%" in done.stderr
+    code, out, error = longnet(*arguments)
+    assert (code, out) == (0, ""), error
+    for part in ("read: 100%", "2.10k/2.10k", "write: 100%"):
+        assert part in error
     written = (tmp_path / "out").read_bytes()
     assert len(written) == 300
     assert len({written[i : i + 4] for i in range(297)}) == 297
     (tmp_path / "out").write_bytes(b"precious")
-    done = subprocess.run([*command, "--top-p", "7"], input=b"x", capture_output=True, timeout=100)
-    assert done.returncode == 2
+    assert longnet(*arguments, "--top-p", "7")[0] == 2
     assert (tmp_path / "out").read_bytes() == b"precious"
 
 
