@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py                 # one GPU a rank, NCCL
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --one-gpu       # two ranks on one GPU, gloo through host
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --cpu --tokens 4096
+    torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --hierarchical  # the same of hierarchical attention
     python benchmarks/parallel.py --plan                                            # a simulated job, no device at all
 
 Rank 0 prints one JSON line. Errors: the largest difference to one device in the same dtype, over its largest value; "ulp" is the
@@ -21,9 +22,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from longnet import DilatedPattern, dilated_attention
-from longnet.attention.sequence_parallel import SequenceParallel, sequence_parallel_attention
-from longnet.schedule import Shards, traffic, work
+from longnet import DilatedPattern, HierarchicalPattern, dilated_attention, hierarchical_attention
+from longnet.attention.collectives import SequenceParallel
+from longnet.attention.hierarchical_parallel import sequence_parallel_hierarchical_attention
+from longnet.attention.sequence_parallel import sequence_parallel_attention
+from longnet.schedule import Shards, hierarchical_traffic, traffic, work
 
 
 def simulated() -> None:
@@ -40,6 +43,11 @@ def simulated() -> None:
             "bytes_per_step_12_layers": 12 * max(sum(x) for x in moved),
             "most_loaded_over_mean": round(max(pairs) * count / sum(pairs), 6),
         }
+        # Hierarchical layers with 4 key heads, opened blocks not counted: how many are distinct depends on the text.
+        tree, blocks = HierarchicalPattern(), Shards.even(count << 20, count, block=64)
+        moved = hierarchical_traffic(tree, 4, 64, blocks, count // 2)
+        line["hierarchical_forward_bytes_per_layer"] = moved.forward
+        line["hierarchical_backward_bytes_per_layer"] = moved.backward
         print(json.dumps(line))
 
 
@@ -67,6 +75,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--uneven", action="store_true", help="borders that cut segments")
+    parser.add_argument("--hierarchical", action="store_true", help="with blocks of 64; borders at blocks")
     parser.add_argument("--one-gpu", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--plan", action="store_true")
@@ -84,18 +93,31 @@ def main() -> None:
     if options.uneven:
         inner = [b + 777 * (i + 1) for i, b in enumerate(shards.borders[1:-1])]
         shards = Shards((0, *inner, n))
-    pattern = DilatedPattern.geometric(n, options.window)
+    if options.hierarchical:
+        shards = Shards(tuple(b if b == n else b // 64 * 64 for b in shards.borders))
+    tree, pattern = HierarchicalPattern(), DilatedPattern.geometric(n, options.window)
+
+    def one_device(q, k, v):
+        if options.hierarchical:  # by the path that the ranks take
+            return hierarchical_attention(q, k, v, tree, impl="torch").out
+        return dilated_attention(q, k, v, pattern).out
+
+    def many(q, k, v):
+        if options.hierarchical:
+            return sequence_parallel_hierarchical_attention(q, k, v, tree, parallel).out
+        return sequence_parallel_attention(q, k, v, pattern, parallel).out
+
     parallel = SequenceParallel(shards, timeout=timeout)
     dtype = torch.float64 if options.cpu else torch.bfloat16
     g = torch.Generator(device).manual_seed(0)
     shape = (1, n, options.heads, options.width)
     q, k, v, dout = (torch.randn(shape, generator=g, device=device, dtype=dtype) for _ in range(4))
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = dilated_attention(*whole, pattern).out
+    out = one_device(*whole)
     exact = [out.detach(), *torch.autograd.grad(out, whole, dout)]
     a, b = shards.span(rank)
     mine = [x[:, a:b].clone().requires_grad_() for x in (q, k, v)]
-    part = sequence_parallel_attention(*mine, pattern, parallel).out
+    part = many(*mine)
     got = [part.detach(), *torch.autograd.grad(part, mine, dout[:, a:b])]
     errors = torch.tensor(
         [float((x[:, a:b] - y).abs().max() / x.abs().max()) for x, y in zip(exact, got, strict=True)],
@@ -107,21 +129,21 @@ def main() -> None:
     def both(inputs, call, grad):
         torch.autograd.grad(call(inputs), inputs, grad)
 
-    across = median_ms(
-        lambda: both(mine, lambda x: sequence_parallel_attention(*x, pattern, parallel).out, gradient),
-        options.repeats,
-    )
-    forward = median_ms(lambda: sequence_parallel_attention(*mine, pattern, parallel), options.repeats)
-    alone = median_ms(
-        lambda: both(whole, lambda x: dilated_attention(*x, pattern).out, dout), options.repeats
-    )
-    moved = traffic(pattern, options.heads, options.heads, options.width, shards, rank)
+    across = median_ms(lambda: both(mine, lambda x: many(*x), gradient), options.repeats)
+    forward = median_ms(lambda: many(*mine), options.repeats)
+    alone = median_ms(lambda: both(whole, lambda x: one_device(*x), dout), options.repeats)
+    if options.hierarchical:  # without opened blocks
+        moved = hierarchical_traffic(tree, options.heads, options.width, shards, rank)
+    else:
+        moved = traffic(pattern, options.heads, options.heads, options.width, shards, rank)
     if rank == 0:
         line = {
             "ranks": world,
             "backend": dist.get_backend(),
             "tokens": n,
-            "branches": len(pattern.branches),
+            "attention": "hierarchical"
+            if options.hierarchical
+            else f"dilated, {len(pattern.branches)} branches",
             "relative_error": dict(zip(("out", "dq", "dk", "dv"), errors.tolist(), strict=True)),
             "ulp": torch.finfo(dtype).eps,
             "forward_ms": forward,

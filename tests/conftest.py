@@ -1,6 +1,7 @@
 """Shared fixtures: every test file collects on a laptop; scratch memory is poisoned so an unwritten output cannot pass."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -34,6 +35,24 @@ def poison_empty(monkeypatch, request):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def longnet(monkeypatch, capfd):
+    """Run a command in this process: (exit code, standard output, standard error)."""
+    from longnet.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["longnet", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capfd.readouterr()
+
+    return run
 
 
 def assert_within_budget(name, actual, exact, peer, roundings=1):

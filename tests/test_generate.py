@@ -110,6 +110,24 @@ def test_a_cache_resumes_where_it_stopped(model):
     assert first.ids[0] + second.ids[0] == whole
 
 
+def test_a_callback_that_returns_true_ends_its_sequence(model):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    whole = generate(model, ids, max_new_tokens=9, temperature=0).ids
+    seen = ([], [])
+
+    def stop(sequence, token):
+        seen[sequence].append(token)
+        return sequence == 1 and len(seen[1]) >= 2
+
+    output = generate(model, ids, max_new_tokens=9, temperature=0, on_token=stop)
+    assert output.ids == [whole[0], whole[1][:2]] == list(seen)
+    assert output.finish_reasons == ["length", "stop"]
+    output = generate(
+        model, ids, max_new_tokens=9, min_new_tokens=5, temperature=0, on_token=lambda sequence, token: True
+    )
+    assert output.ids == [row[:5] for row in whole]
+
+
 def test_stop_sequences_and_end_ids(model):
     ids = prompt(9)
     whole = generate(model, ids, max_new_tokens=12, temperature=0).ids[0]

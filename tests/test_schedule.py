@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet import schedule
-from longnet.patterns import DilatedPattern
-from longnet.schedule import Shards, exchanges, rank_plan, traffic, work
+from longnet.patterns import DilatedPattern, HierarchicalPattern
+from longnet.schedule import (
+    Shards,
+    exchanges,
+    halo,
+    hierarchical_traffic,
+    leaf_counts,
+    rank_plan,
+    traffic,
+    work,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -70,12 +79,57 @@ def test_a_large_job_is_balanced_and_its_traffic_follows_the_number_of_shared_br
         assert few == many
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_halo_is_the_tokens_before_a_shard_each_from_its_owner(data):
+    n, reach = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 50))
+    shards = Shards((0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=5))), n))
+    plans = [halo(shards, reach, i) for i in range(shards.ranks)]
+    for rank, plan in enumerate(plans):
+        begin, end = shards.span(rank)
+        sources = []
+        for owner, other in enumerate(plans):
+            a, b = other.sent[rank]
+            sources += range(shards.borders[owner] + a, shards.borders[owner] + b)
+            assert b - a == plan.received[owner]
+        assert sources == (list(range(max(0, begin - reach), begin)) if begin < end else [])
+        assert plan.begin == begin - len(sources)
+
+
+def test_leaves_belong_to_one_rank_and_the_unfinished_last_one_to_none():
+    pattern = HierarchicalPattern(block=4)
+    shards = Shards.even(30, 3, block=4)
+    assert shards.borders == (0, 12, 24, 30)
+    assert leaf_counts(pattern, shards) == (3, 3, 1)
+    assert Shards.even(9, 4, block=4).borders == (0, 4, 8, 9, 9)
+    assert leaf_counts(pattern, Shards((0, 8, 8, 10, 10))) == (2, 0, 0, 0)
+    for borders in ((4, 8), (0, 6, 8), (0, 4, 6, 8)):
+        with pytest.raises(ValueError, match="multiples of the leaf block of 4 tokens"):
+            leaf_counts(pattern, Shards(borders))
+
+
+def test_hierarchical_traffic_grows_with_the_leaves_alone():
+    """12 heads of 64, blocks of 64, bf16: at 2^20 tokens a rank, and at twice as many."""
+    pattern, rows = HierarchicalPattern(), 12 * 64 * 2 * 2
+    for ranks in (8, 64):
+        few, many = (
+            hierarchical_traffic(pattern, 12, 64, Shards.even(ranks << shift, ranks), 1) for shift in (20, 21)
+        )
+        leaves = (ranks - 1) << 14
+        assert few.forward == 7 * 64 * rows + leaves * (rows + 12 * 8)
+        assert many.forward - few.forward == leaves * (rows + 12 * 8)
+        opened = hierarchical_traffic(pattern, 12, 64, Shards.even(ranks << 20, ranks), 1, 1000, 10)
+        assert opened.forward - few.forward == 1000 * 64 * 64 * 2 * 2
+        assert opened.backward - few.backward == 10 * 64 * 64 * 2 * 4
+
+
 def test_misuse_is_named():
     for borders in ((0,), (0, 0), (3, 2), (-1, 4)):
         with pytest.raises(ValueError, match="borders: expected"):
             Shards(borders)
-    with pytest.raises(ValueError, match="at least one rank"):
-        Shards.even(10, 0)
+    for arguments in ((10, 0), (10, 1, 0, 0)):
+        with pytest.raises(ValueError, match="at least one rank"):
+            Shards.even(*arguments)
 
 
 def test_no_torch():

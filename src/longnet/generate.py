@@ -126,11 +126,14 @@ class _Progress:
         self.ids[b].append(token)
         if self.repeats:
             self.repeats[b].add(token)
-        if len(self.ids[b]) < self.least:
-            return
-        if token in self.ends:
+        if len(self.ids[b]) >= self.least and token in self.ends:
             self.reasons[b] = "eos"
         elif any(self.ids[b][-len(stop) :] == stop for stop in self.stops):
+            self.stop(b)
+
+    def stop(self, b: int) -> None:
+        """End sequence b, unless it has ended or is too short."""
+        if self.reasons[b] is None and len(self.ids[b]) >= self.least:
             self.reasons[b] = "stop"
 
 
@@ -154,7 +157,7 @@ def generate(
     stop_sequences: Sequence[Sequence[int]] = (),
     seed: int | None = None,
     cache: LongNetCache | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> GenerationOutput:
@@ -174,7 +177,8 @@ def generate(
         eos_token_id: id or ids that end a sequence; `stop_sequences`: id lists that do.
         seed: makes sampling repeatable on one device.
         cache: continue what this cache has read.
-        on_token: called with (sequence, id) for every new id, as soon as it is known.
+        on_token: called with (sequence, id) for every new id, as soon as it is known; True ends that sequence like a stop
+            sequence.
         on_prefill: called with (tokens read, tokens to read) after every chunk.
         on_progress: called with (ids written by the longest sequence, max_new_tokens) after every step.
 
@@ -277,7 +281,7 @@ def _decode(
     sampler: _Sampler,
     progress: _Progress,
     max_new_tokens: int,
-    on_token: Callable[[int, int], None] | None,
+    on_token: Callable[[int, int], bool | None] | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     captured = GraphedStep(model, cache) if _can_capture(model, cache) else None
@@ -296,8 +300,8 @@ def _decode(
                     "check the weights and the dtype of the model"
                 )
             progress.add(b, token)
-            if on_token is not None:
-                on_token(b, token)
+            if on_token is not None and on_token(b, token):
+                progress.stop(b)
         if on_progress is not None:
             on_progress(max(map(len, progress.ids)), max_new_tokens)
         if step + 1 == max_new_tokens or None not in progress.reasons:

@@ -1,7 +1,7 @@
 """Which rank keeps which tokens and sends which dilated rows to whom: a sequence over many devices, in integers. No torch.
 
-The attention of `attention/sequence_parallel.py` executes exactly what this module plans, so bytes and work of a job of
-1024 devices can be counted on a laptop.
+`attention/sequence_parallel.py` and `attention/hierarchical_parallel.py` execute exactly what this module plans, so bytes and
+work of a job of 1024 devices can be counted on a laptop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from longnet.patterns import DilatedPattern
+from longnet.patterns import DilatedPattern, HierarchicalPattern
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,15 @@ class Shards:
             )
 
     @classmethod
-    def even(cls, num_tokens: int, ranks: int, start: int = 0) -> Shards:
-        """Contiguous shards whose lengths differ by at most one; the first are the longer ones."""
-        if ranks < 1 or num_tokens < 1:
+    def even(cls, num_tokens: int, ranks: int, start: int = 0, block: int = 1) -> Shards:
+        """Contiguous shards whose lengths, in blocks, differ by at most one; the first are the longer ones."""
+        if ranks < 1 or num_tokens < 1 or block < 1:
             raise ValueError(
-                f"expected at least one rank and one token; got {ranks} ranks, {num_tokens} tokens"
+                f"expected at least one rank, one token and blocks of one; got {ranks} ranks, {num_tokens} tokens, {block}"
             )
-        length, longer = divmod(num_tokens, ranks)
-        return cls(tuple(start + i * length + min(i, longer) for i in range(ranks + 1)))
+        length, longer = divmod(-(-num_tokens // block), ranks)
+        inner = (block * (i * length + min(i, longer)) for i in range(ranks + 1))
+        return cls(tuple(start + min(x, num_tokens) for x in inner))
 
     @property
     def ranks(self) -> int:
@@ -241,3 +242,83 @@ def work(
     plan = rank_plan(pattern, num_heads, num_key_heads, shards, rank, causal)
     remote = sum(x.queries * (x.end - x.begin) for each in plan.rectangles for x in each)
     return Work(local, remote)
+
+
+class Halo(NamedTuple):
+    """The tokens right before a shard, fetched from the ranks that keep them, each from one.
+
+    begin: the first position that arrives. received[i]: how many come from rank i, in the order of positions. sent[i]: the
+    local tokens [first, end) that rank i gets.
+    """
+
+    begin: int
+    received: tuple[int, ...]
+    sent: tuple[tuple[int, int], ...]
+
+
+@functools.lru_cache(maxsize=256)
+def halo(shards: Shards, reach: int, rank: int) -> Halo:
+    """The `reach` tokens before every shard, as far as the sequence goes back. An empty shard gets none."""
+
+    def wanted(of: int) -> tuple[int, int]:
+        begin, end = shards.span(of)
+        return (max(shards.borders[0], begin - reach) if begin < end else begin), begin
+
+    def common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+        first = max(a[0], b[0])
+        return first, max(first, min(a[1], b[1]))
+
+    mine = shards.span(rank)
+    spans = [shards.span(i) for i in range(shards.ranks)]
+    received = (common(span, wanted(rank)) for span in spans)
+    sent = (common(mine, wanted(i)) for i in range(shards.ranks))
+    return Halo(
+        wanted(rank)[0], tuple(b - a for a, b in received), tuple((a - mine[0], b - mine[0]) for a, b in sent)
+    )
+
+
+def leaf_counts(pattern: HierarchicalPattern, shards: Shards) -> tuple[int, ...]:
+    """Complete leaf blocks of every rank.
+
+    Raises:
+        ValueError: the sequence does not begin at 0, or a shard with tokens not at a multiple of the block.
+    """
+    begins = [a for a, b in zip(shards.borders, shards.borders[1:], strict=False) if a < b]
+    if shards.borders[0] or any(a % pattern.block for a in begins):
+        raise ValueError(
+            f"shards: expected borders 0, .. at multiples of the leaf block of {pattern.block} tokens; got {shards.borders}; "
+            "use Shards.even(num_tokens, ranks, block=pattern.block)"
+        )
+    # The last shard alone may end within a block, which no query sees as a summary.
+    return tuple((b - a) // pattern.block for a, b in zip(shards.borders, shards.borders[1:], strict=False))
+
+
+def hierarchical_traffic(
+    pattern: HierarchicalPattern,
+    num_key_heads: int,
+    head_width: int,
+    shards: Shards,
+    rank: int,
+    fetched: int = 0,
+    asked: int = 0,
+    *,
+    batch: int = 1,
+    element_size: int = 2,
+    gradient_size: int = 4,
+) -> Traffic:
+    """What a hierarchical layer brings to `rank`, but for the 8 bytes of a block's number: the keys and values of the window's
+    halo, all leaf summaries, and the opened blocks. Backward their gradients: of the tokens that this rank lent, of its leaves.
+
+    fetched: distinct (sequence, block, key head) that this rank opens and other ranks keep; asked: those that it keeps and
+    other ranks open, counted once a rank. Mass and entropy of a leaf take `gradient_size` bytes, as do all gradients.
+    """
+    plan = halo(shards, (pattern.window_blocks - 1) * pattern.block, rank)
+    lent = sum(b - a for a, b in plan.sent)
+    leaves = (shards.ranks - 1) * max(leaf_counts(pattern, shards)) * batch * num_key_heads
+    pair = 2 * head_width
+    blocks = pair * pattern.block
+    return Traffic(
+        element_size * (pair * sum(plan.received) * batch * num_key_heads + pair * leaves + blocks * fetched)
+        + 2 * gradient_size * leaves,
+        gradient_size * (pair * lent * batch * num_key_heads + (pair + 2) * leaves + blocks * asked),
+    )

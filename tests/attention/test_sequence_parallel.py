@@ -1,7 +1,6 @@
 """A sequence over 1 to 4 ranks equals one device, fp64: values, lse, gradients; and what travels does not grow with it."""
 
 import random
-from datetime import timedelta
 
 import pytest
 import torch
@@ -9,30 +8,13 @@ import torch.distributed as dist
 
 import ranks
 from longnet import DilatedPattern, dilated_attention
-from longnet.attention import sequence_parallel
+from longnet.attention import collectives
+from longnet.attention.collectives import SequenceParallel
 from longnet.attention.reference import dilated_attention_reference
-from longnet.attention.sequence_parallel import SequenceParallel, sequence_parallel_attention
+from longnet.attention.sequence_parallel import sequence_parallel_attention
 from longnet.schedule import Shards, traffic
 
-TIMEOUT = timedelta(seconds=30)
 HEADS, WIDTH = 4, 8
-
-
-def poison():
-    original = torch.empty
-
-    def empty(*args, **kwargs):
-        tensor = original(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    torch.empty = empty
-
-
-def start():
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    dist.barrier()  # a rank that ended while another still connects would take the store with it
-    poison()
-    return dist.get_rank(), dist.get_world_size()
 
 
 def compare(parallel, pattern, start, n, key_heads, causal, seed, dtype=torch.float64):
@@ -63,7 +45,7 @@ def compare(parallel, pattern, start, n, key_heads, causal, seed, dtype=torch.fl
 
 
 def equality():
-    rank, world = start()
+    rank, world = ranks.join()
     worst, parallel = {}, None
     rng = random.Random(world)
     cases = [  # segments inside, at and across borders; ragged tails; shards of unequal length, some empty; far positions
@@ -81,7 +63,9 @@ def equality():
         cases.append((lengths, (1, rng.randint(1, 4), 7, 1), Shards((first, *inner, first + n))))
     for i, (lengths, rates, shards) in enumerate(cases):
         pattern = DilatedPattern(lengths, rates, "block" if i % 4 == 3 else "cyclic")
-        parallel = parallel.with_shards(shards) if parallel else SequenceParallel(shards, timeout=TIMEOUT)
+        parallel = (
+            parallel.with_shards(shards) if parallel else SequenceParallel(shards, timeout=ranks.TIMEOUT)
+        )
         first, n = shards.borders[0], shards.borders[-1] - shards.borders[0]
         for causal in (True, False):
             error = compare(parallel, pattern, first, n, (1, 2, 4)[i % 3], causal, i)
@@ -100,7 +84,7 @@ def low_precision(parallel):
 def constant_traffic(rank, world):
     """Numbers received while N grows at fixed N / r: counted in the collectives, and as the schedule predicts."""
     received = []
-    gather, scatter = sequence_parallel._all_gather, sequence_parallel._reduce_scatter
+    gather, scatter = collectives._all_gather, collectives._reduce_scatter
 
     def count_gather(target, source, **kwargs):
         received.append(target.numel() - source.numel())
@@ -110,18 +94,18 @@ def constant_traffic(rank, world):
         received.append(source.numel() - target.numel())
         return scatter(target, source, **kwargs)
 
-    sequence_parallel._all_gather, sequence_parallel._reduce_scatter = count_gather, count_scatter
+    collectives._all_gather, collectives._reduce_scatter = count_gather, count_scatter
     table = []
     for n in (256, 1024, 4096):
         received.clear()
         pattern, shards = DilatedPattern((16, n), (1, n // 16)), Shards.even(n, world)
-        parallel = SequenceParallel(shards, timeout=TIMEOUT)
+        parallel = SequenceParallel(shards, timeout=ranks.TIMEOUT)
         x = [torch.randn(1, n // world, HEADS, WIDTH, dtype=torch.float64).requires_grad_() for _ in range(3)]
         if n % world == 0:
             sequence_parallel_attention(*x, pattern, parallel).out.sum().backward()
             planned = traffic(pattern, HEADS, HEADS, WIDTH, shards, rank, element_size=1, gradient_size=1)
             table.append([sum(received), sum(planned)])
-    sequence_parallel._all_gather, sequence_parallel._reduce_scatter = gather, scatter
+    collectives._all_gather, collectives._reduce_scatter = gather, scatter
     return table
 
 
@@ -139,8 +123,8 @@ def test_equals_one_device_and_traffic_does_not_grow(world, tmp_path):
 
 
 def misfit():
-    start()
-    parallel = SequenceParallel(Shards.even(10, 2), timeout=TIMEOUT)
+    ranks.join()
+    parallel = SequenceParallel(Shards.even(10, 2), timeout=ranks.TIMEOUT)
     x = torch.randn(1, 4, 2, 8)
     messages = []
     for call in (

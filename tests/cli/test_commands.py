@@ -26,23 +26,6 @@ MODEL = ["hidden_size=32", "intermediate_size=64", "num_hidden_layers=1", "num_a
          "segment_lengths=[8,32]", "dilation_rates=[1,4]"]  # fmt: skip
 
 
-@pytest.fixture
-def longnet(monkeypatch, capfd):
-    """Run a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["longnet", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capfd.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A prepared folder and a trained model, made by the commands."""

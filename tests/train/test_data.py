@@ -159,6 +159,27 @@ def test_the_order_is_the_same_wherever_it_was_interrupted(folder, window):
         assert torch.equal(torch.cat(rows)[:count], whole)
 
 
+def test_bytes_of_a_batch_are_counted_whole_whatever_part_is_read(folder):
+    prepare([folder / "texts"], folder / "data")
+    dataset, lengths = TokenDataset(folder / "data"), np.arange(260)
+    whole, part = (WindowSampler(dataset, 64, 3, seed=0) for _ in range(2))
+    for _ in range(2 * whole.per_epoch // 3):
+        batch = whole.next_batch()
+        assert torch.equal(part.next_batch(slice(1, 2), slice(5, 9)), batch[1:2, 5:9])
+        expected = batch[:, 1:].double().mean().item()
+        assert whole.bytes_per_token(lengths) == part.bytes_per_token(lengths) == pytest.approx(expected)
+
+
+def test_a_dtype_that_is_no_id_is_refused(folder):
+    prepare([folder / "texts"], folder / "data")
+    path = folder / "data" / "meta.json"
+    meta = json.loads(path.read_text())
+    for name in ("O", "float64"):
+        path.write_text(json.dumps(meta | {"dtype": name}))
+        with pytest.raises(ValueError, match="longnet prepare"):
+            TokenDataset(folder / "data")
+
+
 def test_another_seed_is_another_order(folder):
     prepare([folder / "texts"], folder / "data")
     dataset = TokenDataset(folder / "data")

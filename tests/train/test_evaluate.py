@@ -70,6 +70,34 @@ def test_windows_average_over_equal_texts(model, ids, batch_size):
     np.testing.assert_allclose(report.standard_error, by_bucket.std(1, ddof=1) / math.sqrt(5), rtol=1e-3)
 
 
+def test_bits_are_counted_by_the_bytes_of_their_tokens(model, ids):
+    lengths = np.random.default_rng(1).integers(0, 6, 260)
+    bits, sizes = parallel(model, ids[:101]), lengths[ids[1:101]]
+    spans = ((0, 16), (16, 32), (32, 64), (64, 100))
+    report = stream(model, ids[:101], byte_lengths=lengths, chunk=13, first_bucket=16)
+    np.testing.assert_allclose(
+        report.bits_per_byte, [bits[a:b].sum() / sizes[a:b].sum() for a, b in spans], rtol=1e-4
+    )
+    np.testing.assert_allclose(report.perplexity, [2 ** bits[a:b].mean() for a, b in spans], rtol=1e-4)
+    assert report.mean == pytest.approx(bits.sum() / sizes.sum(), rel=1e-4)
+    assert report.loss == pytest.approx(bits.mean() * math.log(2), rel=1e-4)
+    assert report.text_bytes == sizes.sum()
+    windows = by_position(
+        model, ids, window=64, windows=5, byte_lengths=lengths, batch_size=2, chunk=20, first_bucket=32
+    )
+    begins = [i * 10 // 5 * 64 for i in range(5)]
+    bits = np.stack([parallel(model, ids[b : b + 65]) for b in begins])
+    sizes = np.stack([lengths[ids[b + 1 : b + 65]] for b in begins])
+    for i, part in enumerate((slice(32), slice(32, 64))):
+        total, size = bits[:, part].sum(1), sizes[:, part].sum(1)
+        assert windows.bits_per_byte[i] == pytest.approx(total.sum() / size.sum(), rel=1e-4)
+        assert windows.perplexity[i] == pytest.approx(2 ** bits[:, part].mean(), rel=1e-4)
+        # The oracle leaves out one window after the other.
+        left = [(total.sum() - total[k]) / (size.sum() - size[k]) for k in range(5)]
+        jackknife = math.sqrt(4 * np.var(left))
+        assert windows.standard_error[i] == pytest.approx(jackknife, rel=0.1)
+
+
 def test_as_many_windows_as_fit(model, ids):
     report = by_position(model, ids[:201], window=100, windows=50)
     assert report.windows == 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,12 +22,20 @@ import torch.distributed as dist
 import ranks
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import TrainConfig, checkpoint, train
+from longnet.train.config import check as check_config
 from longnet.train.data import TokenDataset, WindowSampler, prepare
-from longnet.train.parallelize import Parallel, RanksDisagree, check_layout, connect, preflight
+from longnet.train.parallelize import Parallel, RanksDisagree, check_layout, connect, preflight, shard_block
 from longnet.train.trainer import _Run
 
 MODEL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "segment_lengths": [8, 32, 64], "dilation_rates": [1, 4, 8]}  # fmt: skip
+TREE = {"block": 4, "radix": 2, "window_blocks": 2, "guard": 0, "top_k": 2, "beam": 2}
+HIERARCHICAL = {**MODEL, "attention": "hierarchical", "hierarchical": TREE}
+MIXED = {
+    **MODEL,
+    "attention": ["hierarchical", "dilated"],
+    "hierarchical": {**TREE, "block": 5, "retention": [20, 8]},
+}
 CPU = torch.device("cpu")
 
 
@@ -46,20 +55,18 @@ def losses(path):
     return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def gradients(data, sequence_parallel):
-    """The largest error of loss and parameter gradients of an fp64 model against one device."""
+def gradients(data, sequence_parallel, models):
+    """The largest error of loss and parameter gradients of fp64 models against one device."""
     connect({}, CPU, timedelta(seconds=30))
     worst = 0.0
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        one = LongNetForCausalLM(LongNetConfig(**MODEL)).double()
-        torch.manual_seed(0)
-        many = LongNetForCausalLM(LongNetConfig(**MODEL)).double()
+    for fields, checkpointing in itertools.product(models, (False, True)):
+        one, many = (_random(LongNetConfig(**fields)) for _ in range(2))
         if checkpointing:
             many.gradient_checkpointing_enable()
         many.train()
         samplers = [WindowSampler(TokenDataset(data), 61, 4, 0) for _ in range(2)]
-        parallel = Parallel(sequence_parallel, 61, 4, CPU, timedelta(seconds=30))
+        block = shard_block(one.config)
+        parallel = Parallel(sequence_parallel, 61, 4, CPU, timedelta(seconds=30), block)
         parallel.apply(many)
         ids = samplers[0].next_batch()
         loss = one(input_ids=ids, labels=ids).loss
@@ -73,9 +80,24 @@ def gradients(data, sequence_parallel):
     return worst
 
 
+def _random(config):
+    """A model whose pooling, routing and convolution do not stand at their neutral initial values."""
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(config).double()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("prior_query", "level_bias", "key_conv"):
+                if hasattr(layer.attention, name):
+                    getattr(layer.attention, name).normal_(0, 0.5)
+            if hasattr(layer.attention, "router_mix"):
+                layer.attention.router_mix.copy_(torch.tensor([0.1, 0.9, 0.5, 0.6]))
+    return model
+
+
 @pytest.mark.parametrize(("world", "sequence_parallel"), [(2, 2), (3, 3), (4, 2), (4, 4), (2, 1)])
 def test_loss_and_parameter_gradients_equal_one_device(config, tmp_path, world, sequence_parallel):
-    answers = ranks.run(gradients, world, tmp_path / "ranks", config.data, sequence_parallel)
+    models = [MODEL, HIERARCHICAL, MIXED] if sequence_parallel > 1 else [MODEL]
+    answers = ranks.run(gradients, world, tmp_path / "ranks", config.data, sequence_parallel, models)
     assert max(ranks.results(answers)) <= 1e-12
 
 
@@ -117,6 +139,28 @@ def test_a_run_goes_on_with_4_2_1_and_3_ranks_bit_for_bit(config, tmp_path):
     # The order of additions differs between layouts, and nothing else does: fp32 rounding over 8 steps.
     for a, b in zip(losses(config.output), losses(tmp_path / "whole"), strict=True):
         assert math.isclose(a, b, rel_tol=1e-4)
+
+
+def test_the_trainer_reads_one_window_with_hierarchical_layers_over_two_ranks(config, tmp_path):
+    config = dataclasses.replace(config, model=MIXED, steps=3, batch_size=4)
+    train(dataclasses.replace(config, output=tmp_path / "whole"))
+    config = dataclasses.replace(config, sequence_parallel=2)
+    ranks.results(ranks.run(resume, 2, tmp_path / "ranks", config, 3))
+    for a, b in zip(losses(config.output), losses(tmp_path / "whole"), strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+
+
+def test_hierarchical_layers_that_cannot_be_spread_are_refused_before_any_rank_talks(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = dataclasses.replace(config, sequence_parallel=4, model=HIERARCHICAL)
+    check_config(config)
+    for change, message in (
+        ({"sequence_length": 12}, "at least one leaf block of 4 tokens a rank; got 12 over 4 ranks"),
+        ({"model": {**HIERARCHICAL, "attention_impl": "reference"}}, "attention_impl: expected None"),
+        ({"sequence_strategy": "chunked"}, "'whole' and 'causal' with 4 ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_config(dataclasses.replace(config, **change))
 
 
 def test_every_rank_names_each_field_that_differs_from_the_checkpoint(config, tmp_path):

@@ -74,15 +74,10 @@ def hierarchical_attention(
     chosen = impl or ("triton" if unsupported(q, k, pattern, causal) is None else "torch")
     if chosen == "triton" and (reason := unsupported(q, k, pattern, causal)):
         raise ValueError(f"impl='triton' cannot run here: {reason}; leave impl=None to use 'torch'")
-    tokens, heads, width = q.shape[1:]
+    tokens, _, width = q.shape[1:]
     scale = 1 / math.sqrt(width) if scale is None else float(scale)
-    work = torch.promote_types(q.dtype, torch.float32)
     levels = pattern.num_levels(tokens, causal)
-    if level_bias is None:
-        level_bias = torch.zeros(heads, levels, dtype=work, device=q.device)
-    if router_mix is None:
-        router_mix = torch.ones(heads, dtype=work, device=q.device)
-    level_bias, router_mix = level_bias[:, :levels].to(work), router_mix.to(work)
+    level_bias, router_mix = _parameters(q, levels, level_bias, router_mix)
     q_local, k_local = (q, k) if rotary is None else (_turn(q, rotary), _turn(k, rotary))
     if chosen == "reference":
         prior = torch.zeros_like(k[0, 0]) if prior_query is None else prior_query
@@ -121,6 +116,16 @@ def hierarchical_attention(
         out = out.masked_fill(beyond[..., None, None], 0)
         lse = lse.masked_fill(beyond[:, None], -torch.inf)
     return AttentionOutput(out, lse)
+
+
+def _parameters(
+    q: Tensor, levels: int, level_bias: Tensor | None, router_mix: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """level_bias (H, levels) and router_mix (H,), or their defaults, in fp32 at least."""
+    work, heads = torch.promote_types(q.dtype, torch.float32), q.shape[2]
+    bias = torch.zeros(heads, levels, device=q.device) if level_bias is None else level_bias[:, :levels]
+    mix = torch.ones(heads, device=q.device) if router_mix is None else router_mix
+    return bias.to(work), mix.to(work)
 
 
 def _turn(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

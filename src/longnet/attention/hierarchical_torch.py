@@ -6,7 +6,7 @@ Queries are taken a few blocks at a time; what such a group gathers is dropped a
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,13 +22,15 @@ GROUP, GROUP_CUDA, GATHERED = 256, 4096, 2**28
 
 class Far(NamedTuple):
     """What lies behind the window. k, v begin at token `first_token`, `levels[l]` = (kbar, vbar, mass, entropy) at node
-    `first_node[l]`."""
+    `first_node[l]`. `read`: leaves (B, blocks, rows, K, places) -> their keys and values (..., block, D), where they are not
+    taken from k and v."""
 
     k: Tensor
     v: Tensor
     levels: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
     first_token: int
     first_node: tuple[int, ...]
+    read: Callable[[Tensor], Sequence[Tensor]] | None = None
 
 
 class Parameters(NamedTuple):
@@ -57,20 +59,8 @@ def attend(
     q, q_local (B, n, H, D); k_local (B, *, K, D) begins at token far.first_token, like far.k. `routes`, if a list, receives
     per group (begin, {level: opened (B, n, K, places), -1 where nothing}).
     """
-    outs, sums, begin = [], [], 0
-    group = _group_tokens(k_local, pattern)
-    while begin < q.shape[1]:
-        # Groups end at block borders, so that a group is either within a block or whole blocks.
-        position = start + begin
-        into = position % pattern.block
-        whole = max(1, group // pattern.block) * pattern.block
-        left = q.shape[1] - begin
-        size = (
-            min(pattern.block - into, left)
-            if into or left < pattern.block
-            else min(whole, left // pattern.block * pattern.block)
-        )
-        part = slice(begin, begin + size)
+    outs, sums = [], []
+    for part in parts(start, q.shape[1], k_local, pattern):
         arguments = (
             q[:, part],
             q_local[:, part],
@@ -80,7 +70,7 @@ def attend(
             causal,
             parameters,
             num_tokens,
-            position,
+            start + part.start,
             routes,
         )
         if torch.is_grad_enabled() and routes is None:
@@ -89,15 +79,25 @@ def attend(
             out, lse = _group(*arguments)
         outs.append(out)
         sums.append(lse)
-        begin += size
     return torch.cat(outs, 1), torch.cat(sums, 2)
 
 
-def _group_tokens(k: Tensor, pattern: HierarchicalPattern) -> int:
-    if not k.is_cuda:
-        return GROUP
-    per_token = 2 * k.shape[0] * k.shape[2] * k.shape[3] * max(1, pattern.top_k) * pattern.block
-    return max(GROUP, min(GROUP_CUDA, GATHERED // per_token))
+def parts(start: int, count: int, k: Tensor, pattern: HierarchicalPattern) -> Iterator[slice]:
+    """The `count` queries from position `start` on in groups that are either within a block or whole blocks."""
+    group = GROUP
+    if k.is_cuda:
+        per_token = 2 * k.shape[0] * k.shape[2] * k.shape[3] * max(1, pattern.top_k) * pattern.block
+        group = max(GROUP, min(GROUP_CUDA, GATHERED // per_token))
+    whole, begin = max(1, group // pattern.block) * pattern.block, 0
+    while begin < count:
+        into, left = (start + begin) % pattern.block, count - begin
+        size = (
+            min(pattern.block - into, left)
+            if into or left < pattern.block
+            else min(whole, left // pattern.block * pattern.block)
+        )
+        yield slice(begin, begin + size)
+        begin += size
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,33 +111,69 @@ def _group(
     q: Tensor, q_local: Tensor, k_local: Tensor, far: Far, pattern: HierarchicalPattern, causal: bool,
     parameters: Parameters, num_tokens: int, position: int, routes: list | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, n, heads, width = q.shape
-    key_heads = k_local.shape[2]
-    block = pattern.block
-    first_block, blocks = position // block, -(-n // block)
-    work = torch.promote_types(q.dtype, torch.float32)
-    shape = (batch, blocks, n // blocks, key_heads, heads // key_heads, width)
-    q, q_local = (x.reshape(shape) for x in (q, q_local))
-    state = _Softmax(work)
-    _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_tokens, position)
-    if first_block + blocks > pattern.window_blocks or not causal:
-        bounds = _bounds(pattern, num_tokens, causal, first_block, blocks, q.device)
-        opened, chosen = None, {}
+    group = Group(q, q_local, k_local.shape[2], pattern, causal, parameters, num_tokens, position)
+    group.add_window(k_local, far)
+    chosen = group.add_far(far)
+    group.add_leaves(chosen.get(0), far)
+    if routes is not None and group.sees_far:
+        flat = {level: x.flatten(1, 2) for level, x in chosen.items()}
+        routes.append((position, flat))
+    return group.result()
+
+
+class Group:
+    """The queries from `position` on, within a block or whole blocks, and what they have seen so far of their one softmax."""
+
+    def __init__(
+        self, q: Tensor, q_local: Tensor, key_heads: int, pattern: HierarchicalPattern, causal: bool,
+        parameters: Parameters, num_tokens: int, position: int,
+    ) -> None:  # fmt: skip
+        self.shape = q.shape
+        batch, n, heads, width = q.shape
+        self.blocks, self.first_block = -(-n // pattern.block), position // pattern.block
+        shape = (batch, self.blocks, n // self.blocks, key_heads, heads // key_heads, width)
+        self.q, self.q_local = (x.reshape(shape) for x in (q, q_local))
+        self.pattern, self.causal, self.parameters = pattern, causal, parameters
+        self.num_tokens, self.position = num_tokens, position
+        self.state = _Softmax(torch.promote_types(q.dtype, torch.float32))
+
+    @property
+    def sees_far(self) -> bool:
+        """Whether anything lies behind the window of any of them."""
+        return self.first_block + self.blocks > self.pattern.window_blocks or not self.causal
+
+    def add_window(self, k_local: Tensor, far: Far) -> None:
+        """Attend to the tokens of the window."""
+        rest = (self.pattern, self.causal, self.parameters, self.num_tokens, self.position)
+        _add_window(self.state, self.q_local, k_local, far, *rest)
+
+    def add_far(self, far: Far) -> dict[int, Tensor]:
+        """Attend to unopened summaries; per level the opened nodes (B, blocks, rows, K, places), -1 where there is none."""
+        chosen: dict[int, Tensor] = {}
+        if not self.sees_far:
+            return chosen
+        span = (self.first_block, self.blocks)
+        bounds = _bounds(self.pattern, self.num_tokens, self.causal, *span, self.q.device)
+        opened = None
         for level in range(len(far.levels) - 1, -1, -1):
-            nodes = _candidates(bounds[level], opened, pattern, shape, q.device)
-            if nodes is None:
-                opened = None
-                continue
-            opened = _add_summaries(state, q, nodes, level, far, pattern, parameters, first_block)
-            chosen[level] = opened
-        if opened is not None and pattern.top_k:
-            _add_leaves(state, q, opened, far, pattern, parameters)
-        if routes is not None:
-            flat = {level: x.reshape(batch, n, key_heads, -1) for level, x in chosen.items() if x is not None}
-            routes.append((position, flat))
-    out, lse = state.result()
-    out = out.reshape(batch, n, heads, width)
-    return out, lse.reshape(batch, n, heads).transpose(1, 2)
+            nodes = _candidates(bounds[level], opened, self.pattern, self.q.shape, self.q.device)
+            opened = None
+            if nodes is not None:
+                rest = (far, self.pattern, self.parameters, self.first_block)
+                opened = _add_summaries(self.state, self.q, nodes, level, *rest)
+            if opened is not None:
+                chosen[level] = opened
+        return chosen
+
+    def add_leaves(self, opened: Tensor | None, far: Far) -> None:
+        """Attend to the tokens of opened leaves."""
+        if opened is not None:
+            _add_leaves(self.state, self.q, opened, far, self.pattern, self.parameters)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """out (B, n, H, D), lse (B, H, n)."""
+        out, lse = self.state.result()
+        return out.reshape(self.shape), lse.reshape(self.shape[:3]).transpose(1, 2)
 
 
 class _Softmax:
@@ -164,6 +200,12 @@ class _Softmax:
         finite = torch.where(lse == -torch.inf, 0, lse)
         out = sum(torch.exp(mass - finite)[..., None] * mean for mass, mean in self.pieces)
         return out, lse  # type: ignore[return-value]
+
+    def collapse(self) -> None:
+        """Keep the pieces so far as one."""
+        if self.pieces:
+            out, lse = self.result()
+            self.pieces = [(lse, out)]
 
 
 def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_tokens, position) -> None:
@@ -265,11 +307,15 @@ def _add_leaves(state, q, opened, far, pattern, parameters) -> None:
     ok = opened >= 0
     leaf = (opened - far.first_node[0]).clamp(0, kbar.shape[1] - 1)
     token = opened[..., None] * pattern.block + torch.arange(pattern.block, device=q.device)
-    at = (token - far.first_token).clamp(0, far.k.shape[1] - 1)
-    valid = ok[..., None] & (token - far.first_token < far.k.shape[1])
+    if far.read is None:
+        at = (token - far.first_token).clamp(0, far.k.shape[1] - 1)
+        valid = ok[..., None] & (token - far.first_token < far.k.shape[1])
+        keys, values = (_rows_of(x, at.flatten(-2)).unflatten(-2, at.shape[-2:]) for x in (far.k, far.v))
+    else:
+        keys, values = far.read(leaf)
+        valid = ok[..., None].expand(token.shape)
     if parameters.lengths is not None:
         valid = valid & (token < parameters.lengths.view(-1, 1, 1, 1, 1, 1))
-    keys, values = (_rows_of(x, at.flatten(-2)).unflatten(-2, at.shape[-2:]) for x in (far.k, far.v))
     values = torch.where(valid[..., None], values, 0)
     x = parameters.scale * torch.einsum("bnrkgd,bnrktcd->bnrkgtc", q, keys).to(state.work)
     # An absent leaf gets logits of 0 here and a weight of -inf below.

@@ -9,11 +9,9 @@ with w / r and with the number of shared branches, not with the sequence (LongNe
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -24,79 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from longnet.attention import strided
 from longnet.attention.cached import Run, _runs, fused_steps, view
+from longnet.attention.collectives import Flight, SequenceParallel, all_gather, reduce_scatter
 from longnet.attention.dilated import AttentionOutput, _check
 from longnet.patterns import DilatedPattern
 from longnet.schedule import Exchange, RankPlan, Shards, exchanges, rank_plan
-
-# torch 2.13 renames both and warns about the names that 2.11 knows.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-
-class SequenceParallel:
-    """The ranks that share a sequence, in the order of their shards, and the process groups among them.
-
-    Args:
-        shards: which positions each rank of a sequence keeps; the same on all ranks.
-        replicas: the global ranks of every sequence that is worked on at the same time, all of one length, each rank in one of
-            them; the same on all ranks. None: one sequence over everybody.
-        timeout: how long a rank waits for another; None is torch's default. Every subgroup gets it.
-
-    Raises:
-        ValueError: replicas that do not hold every rank once, or not as many shards as ranks of a replica.
-    """
-
-    def __init__(
-        self,
-        shards: Shards,
-        replicas: Sequence[Sequence[int]] | None = None,
-        timeout: timedelta | None = None,
-    ) -> None:
-        world = dist.get_world_size()
-        replicas = [range(world)] if replicas is None else replicas
-        if sorted(rank for replica in replicas for rank in replica) != list(range(world)):
-            raise ValueError(f"replicas: expected each of {world} ranks once; got {replicas}")
-        if any(len(replica) != shards.ranks for replica in replicas):
-            raise ValueError(f"expected {shards.ranks} ranks in every replica, one per shard; got {replicas}")
-        self.shards, self.replicas, self.timeout = shards, replicas, timeout
-        (self.rank,) = (list(x).index(dist.get_rank()) for x in replicas if dist.get_rank() in x)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-
-    @property
-    def start(self) -> int:
-        """Position of this rank's first token."""
-        return self.shards.span(self.rank)[0]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of this rank."""
-        begin, end = self.shards.span(self.rank)
-        return end - begin
-
-    def with_shards(self, shards: Shards) -> SequenceParallel:
-        """The same ranks and process groups for a sequence of another length."""
-        if shards.ranks != self.shards.ranks:
-            raise ValueError(f"shards: expected {self.shards.ranks}; got {shards.ranks}")
-        other = copy.copy(self)
-        other.shards = shards
-        return other
-
-    def groups(
-        self, pattern: DilatedPattern, heads: int, key_heads: int
-    ) -> dict[tuple[int, ...], dist.ProcessGroup]:
-        """The process groups of a layer's exchanges, made when first needed, by all ranks for all ranks.
-
-        torch names a group that only its members make (`use_local_synchronization`) after the number of groups they already
-        have, which differs between ranks of overlapping groups: they would wait for each other under different names.
-        """
-        for exchange in exchanges(pattern, heads, key_heads, self.shards):
-            if exchange.members in self._groups:
-                continue
-            for replica in self.replicas:
-                made = dist.new_group([replica[i] for i in exchange.members], timeout=self.timeout)
-                if dist.get_rank() in replica or exchange.members not in self._groups:
-                    self._groups[exchange.members] = made  # pyrefly: ignore
-        return self._groups
 
 
 def sequence_parallel_attention(
@@ -229,7 +158,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pattern, parallel, causal, scale):
         plan = _plan(pattern, q.shape[2], k.shape[2], parallel.shards, parallel.rank, causal, str(q.device))
-        made = parallel.groups(pattern, q.shape[2], k.shape[2])
+        everywhere = exchanges(pattern, q.shape[2], k.shape[2], parallel.shards)
+        made = parallel.groups(e.members for e in everywhere)
         groups = [made[e.members] for e in plan.exchanges]
         # All gathers are under way while the rank attends within its shard.
         flights = [_gather(k, v, i, g) for i, g in zip(plan.indices, groups, strict=True)]
@@ -239,11 +169,11 @@ class _Attention(torch.autograd.Function):
         buffers: list[Tensor | None] = []
         for index, runs, flight in zip(plan.indices, plan.runs, flights, strict=True):
             if runs:
-                buffer = _wait(flight)[index.gathered]
+                buffer = flight.wait()[index.gathered]
                 buffers.append(buffer)
                 _add_remote(q, buffer, index, runs, total, lse, scale)
             else:
-                _wait(flight)
+                flight.wait()
                 buffers.append(None)
         out = total.to(q.dtype)
         ctx.spec = (pattern, parallel, causal, scale, plan, groups)
@@ -267,11 +197,11 @@ class _Attention(torch.autograd.Function):
             dbuffer = torch.zeros(shape, dtype=statistics, device=q.device)
             if runs:
                 _remote_backward(wide, lse, dlse is not None, buffer, dbuffer, index, runs, dq_remote, scale)
-            flights.append(_scatter(dbuffer[index.assembled], group))
+            flights.append(reduce_scatter(dbuffer[index.assembled], group))
         dq, dk, dv = _local_backward(dout, dlse, q, k, v, out, lse, pattern, causal, scale, parallel.start)
         dq = dq_remote.add_(dq).to(q.dtype) if plan.exchanges else dq
         if flights:
-            received = torch.cat([_wait(x)[: i.sent] for i, x in zip(plan.indices, flights, strict=True)])
+            received = torch.cat([x.wait()[: i.sent] for i, x in zip(plan.indices, flights, strict=True)])
             _add_received(plan, received, dk, dv)
         return dq, dk, dv, None, None, None, None
 
@@ -290,37 +220,10 @@ def _local_backward(dout, dlse, q, k, v, out, lse, pattern, causal, scale, start
     return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
 
-def _gather(k: Tensor, v: Tensor, index: _Index, group: dist.ProcessGroup):
+def _gather(k: Tensor, v: Tensor, index: _Index, group: dist.ProcessGroup) -> Flight:
     """Start the all-gather of this rank's rows: (members * padded, 2, B, D)."""
     rows = torch.stack([x[:, index.tokens, index.heads] for x in (k, v)])  # (2, B, padded, D)
-    rows = rows.permute(2, 0, 1, 3).contiguous()
-    home = rows.device
-    if _through_host(rows, group):
-        rows = rows.cpu()
-    target = torch.empty((len(index.assembled), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    return _all_gather(target, rows, group=group, async_op=True), target, home, rows
-
-
-def _scatter(rows: Tensor, group: dist.ProcessGroup):
-    """Start the reduce-scatter of gradients (members * padded, 2, B, D): the sum over members of this rank's part."""
-    home = rows.device
-    if _through_host(rows, group):
-        rows = rows.cpu()
-    rows = rows.contiguous()
-    count = rows.shape[0] // dist.get_world_size(group)
-    target = torch.empty((count, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    return _reduce_scatter(target, rows, group=group, async_op=True), target, home, rows
-
-
-def _wait(flight) -> Tensor:
-    work, target, home, _ = flight  # the source is kept alive until here
-    work.wait()
-    return target.to(home)
-
-
-def _through_host(x: Tensor, group: dist.ProcessGroup) -> bool:
-    """gloo has no such collectives on CUDA tensors."""
-    return x.is_cuda and dist.get_backend(group) == "gloo"
+    return all_gather(rows.permute(2, 0, 1, 3), group)
 
 
 def _sides(buffer: Tensor, index: _Index, run: Run) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from longnet import text
 from longnet.attention.attention_map import AttentionMap, Item
 from longnet.cli.models import load_model
+from longnet.integrations.tokenizer import require_bytes
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 
 # Items that the listing names, and characters of text that it shows of each.
@@ -20,7 +21,8 @@ def explain_text(
     folder: Path, file: Path, position: int | None, layer: int, head: int, plot: Path | None
 ) -> None:
     """Print what a head of a layer saw from a position, and draw it."""
-    model = load_model(folder)
+    model, tokenizer = load_model(folder)
+    require_bytes(tokenizer, "--model")
     data = np.frombuffer(file.read_bytes(), np.uint8)
     if not len(data):
         raise ValueError(f"--text: expected a file that is not empty; got {file}")

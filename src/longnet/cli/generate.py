@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longnet import text
 from longnet.cli.models import check_place, load_model
 from longnet.generate import GenerationOutput
 from longnet.generate import generate as generate_ids
 from longnet.model import LongNetCache, LongNetForCausalLM
+from longnet.text import Tokenizer
 
 
 def generate(
@@ -48,20 +49,20 @@ def generate(
         prompt: The text to continue; or use --prompt-file.
         prompt_file: A file to continue; "-" reads standard input.
         output: Write the continuation to this file, exactly its bytes, and not to standard output.
-        max_new_tokens: Bytes to write at most.
-        min_new_tokens: Bytes to write at least: the model may not end the text, nor --stop, before.
-        target_length: Write exactly this many bytes; instead of the two before.
-        temperature: 0 always takes the likeliest byte.
+        max_new_tokens: Tokens to write at most; those of a model that was trained without --tokenizer are bytes.
+        min_new_tokens: Tokens to write at least: the model may not end the text, nor --stop, before.
+        target_length: Write exactly this many tokens; instead of the two before.
+        temperature: 0 always takes the likeliest token.
         top_k: Sample among the k likeliest.
-        top_p: Sample among the fewest bytes that hold this much probability.
-        repetition_penalty: Above 1 weakens the bytes among the last --repetition-window; 1 switches it off.
+        top_p: Sample among the fewest tokens that hold this much probability.
+        repetition_penalty: Above 1 weakens the tokens among the last --repetition-window; 1 switches it off.
         repetition_window: How far back the penalty looks.
-        no_repeat_ngram: Never write the same n bytes twice; 20 or more leaves words and phrases alone.
+        no_repeat_ngram: Never write the same n tokens twice; 20 or more bytes leave words and phrases alone.
         seed: Makes the result repeatable.
-        stop: Texts that end the continuation.
+        stop: Texts that end the continuation; it includes them.
         cache_in: Continue what was read before: a file made by --cache-out.
         cache_out: Save what was read and written, to ask again later without reading again.
-        chunk: Bytes of the prompt read at once.
+        chunk: Tokens of the prompt read at once.
         progress: Bars on standard error; auto: where it is a terminal and the text goes elsewhere.
     """
     if (prompt is None) == (prompt_file is None):
@@ -72,12 +73,15 @@ def generate(
         max_new_tokens = min_new_tokens = target_length
     check_place("--output", output)
     check_place("--cache-out", cache_out)
-    network = load_model(model)
-    ids = _ids(prompt, prompt_file)
+    network, tokenizer = load_model(model)
+    ids = tokenizer.encode(_bytes_of(prompt, prompt_file)).astype(np.int64)
     cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None
     elsewhere = output is not None or not sys.stdout.isatty()
     shown = progress == "always" or (progress == "auto" and sys.stderr.isatty() and elsewhere)
-    with _Sink(output) as sink, _Bars(shown, len(ids), max_new_tokens) as bars:
+    with (
+        _Sink(output, tokenizer, stop, min_new_tokens) as sink,
+        _Bars(shown, len(ids), max_new_tokens) as bars,
+    ):
         result = generate_ids(
             network,
             torch.from_numpy(ids)[None].to(network.device),
@@ -92,53 +96,71 @@ def generate(
             no_repeat_ngram=no_repeat_ngram,
             seed=seed,
             cache=cache,
-            forbidden_ids=(text.PAD, text.BOS, text.MASK),  # no bytes
-            eos_token_id=text.EOS,
-            stop_sequences=[text.encode(s).tolist() for s in stop],
+            forbidden_ids=(*tokenizer.unwritten, *range(len(tokenizer.spelling), network.config.vocab_size)),
+            eos_token_id=tokenizer.end,
             on_token=sink.write,
             on_prefill=bars.read,
             on_progress=bars.written,
         )
         sink.finish()
     if cache_out:
-        _read_last(network, result)
+        _read_last(network, tokenizer, result)
         result.cache.save(cache_out)
 
 
-def _ids(prompt: str | None, prompt_file: Path | None) -> np.ndarray:
+def _bytes_of(prompt: str | None, prompt_file: Path | None) -> bytes:
     if prompt is not None:
-        data = prompt.encode("utf-8", "surrogateescape")
-    else:
-        data = sys.stdin.buffer.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_bytes()
-    return text.encode(data).astype(np.int64)
+        return prompt.encode("utf-8", "surrogateescape")
+    return sys.stdin.buffer.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_bytes()
 
 
 @torch.inference_mode()
-def _read_last(network: LongNetForCausalLM, result: GenerationOutput) -> None:
+def _read_last(network: LongNetForCausalLM, tokenizer: Tokenizer, result: GenerationOutput) -> None:
     """The cache has read everything but the last new id; a text to go on with includes it, an end of text does not."""
-    if result.ids[0] and result.ids[0][-1] != text.EOS:
+    if result.ids[0] and result.ids[0][-1] != tokenizer.end:
         last = torch.tensor([result.ids[0][-1:]], device=network.device)
         network(input_ids=last, past_key_values=result.cache, use_cache=True, logits_to_keep=1)
 
 
 class _Sink:
-    """Standard output, as text, or a file, byte for byte; a file is opened only when there is something to write."""
+    """Standard output, as text, or a file, byte for byte; a file is opened only when there is something to write.
 
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._decoder = path, text.StreamDecoder()
+    After `least` tokens it looks for a text that ends everything, which a token may begin, hold or go beyond.
+    """
+
+    def __init__(self, path: Path | None, tokenizer: Tokenizer, stop: tuple[str, ...], least: int) -> None:
+        self._path, self._tokenizer, self._left = path, tokenizer, least
+        self._stops = [text.encode("utf-8", "surrogateescape") for text in stop]
+        if b"" in self._stops:
+            raise ValueError("--stop: expected texts; got an empty one; leave it out")
+        self._tail = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._file: BinaryIO | None = None
 
-    def write(self, _: int, token: int) -> None:
+    def write(self, _: int, token: int) -> bool:
+        """Write a token; whether a stop text is complete, beyond which nothing of the token is written."""
+        data = self._tokenizer.decode_bytes([token])
+        self._left -= 1
+        end = self._stop_in(data) if self._left <= 0 else None
+        data = data[:end]
+        self._tail = (self._tail + data)[-max(map(len, self._stops), default=1) :]
         if self._path is None:
-            print(self._decoder.feed([token]), end="", flush=True)
-            return
+            print(self._decoder.decode(data), end="", flush=True)
+            return end is not None
         if self._file is None:
             self._file = open(self._path, "wb")  # noqa: SIM115 - closed by __exit__
-        self._file.write(text.decode_bytes([token]))
+        self._file.write(data)
+        return end is not None
+
+    def _stop_in(self, data: bytes) -> int | None:
+        """Where in `data`, which follows the tail, the first stop text ends."""
+        before, text = len(self._tail), self._tail + data
+        found = [(text.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self._stops]
+        return min((at + size - before for at, size in found if at >= 0), default=None)
 
     def finish(self) -> None:
         if self._path is None:
-            print(self._decoder.feed([], final=True))
+            print(self._decoder.decode(b"", final=True))
         elif self._file is None:
             self._path.write_bytes(b"")
 
@@ -155,7 +177,7 @@ class _Bars:
 
     def __init__(self, shown: bool, to_read: int, to_write: int) -> None:
         make: dict[str, Any] = {
-            "unit": "B",
+            "unit": "token",
             "unit_scale": True,
             "dynamic_ncols": True,
             "disable": not shown,

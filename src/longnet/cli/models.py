@@ -1,4 +1,4 @@
-"""Folders and files named on the command line: models to load, places to write to."""
+"""Folders and files named on the command line: models with their tokenizers to load, places to write to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from longnet.integrations.tokenizer import tokenizer_of_model
 from longnet.model import LongNetForCausalLM
 from longnet.model.folder import load_whole
+from longnet.text import Tokenizer
 
 
 def check_place(option: str, path: Path | None) -> None:
@@ -16,8 +18,9 @@ def check_place(option: str, path: Path | None) -> None:
         raise ValueError(f"{option}: expected a file in a folder that exists; got {path}")
 
 
-def load_model(path: Path) -> LongNetForCausalLM:
+def load_model(path: Path) -> tuple[LongNetForCausalLM, Tokenizer]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_whole(LongNetForCausalLM, path)
+    tokenizer = tokenizer_of_model(path, model.config.vocab_size)
     torch.nn.Module.to(model, device)
-    return model
+    return model, tokenizer

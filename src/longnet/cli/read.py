@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from longnet import text
 from longnet.cli.models import check_place, load_model
+from longnet.integrations.tokenizer import BYTES
 from longnet.model import LongNetCache, LongNetForCausalLM
+from longnet.text import Tokenizer
 from longnet.train.data import TokenDataset
 from longnet.train.evaluate import PositionReport, StreamReport, by_position, stream
 
@@ -31,7 +32,7 @@ def evaluate(
     cache_out: Path | None = None,
     max_seconds: float | None = None,
 ) -> None:
-    """Bits per byte and perplexity by position, with memory that stays flat.
+    """Bits per byte of the text, and perplexity of its tokens, by position in tokens, with memory that stays flat.
 
     Without --window the file, of any length, is read as one stream. With it, many windows are each read from nothing: then
     every bucket holds the same number of texts, and a bucket below the one before it, by more than the standard errors,
@@ -56,11 +57,12 @@ def evaluate(
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"--max-bytes: expected at least 1; got {max_bytes}")
     check_place("--cache-out", cache_out)
-    if file.is_dir():
-        ids: np.ndarray = TokenDataset(file).split("validation")[:max_bytes]
-    else:
-        ids = _bytes_of(file, max_bytes)
-    network = load_model(model)
+    if not file.exists():
+        raise ValueError(
+            f"file: expected a text, or a directory made by `longnet prepare`; got {file}, which does not exist"
+        )
+    network, tokenizer = load_model(model)
+    ids = _prepared(file, tokenizer, max_bytes) if file.is_dir() else _ids_of(file, tokenizer, max_bytes)
     if window is None:
         cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None
         done = cache.host_positions[0] if cache else 0
@@ -70,7 +72,7 @@ def evaluate(
             )
         if cache is None:
             cache = LongNetCache(network.config, 1, network.device, network.dtype)
-        print_report(stream_with_bar(network, ids[done:], chunk, cache, max_seconds))
+        print_report(stream_with_bar(network, ids[done:], chunk, cache, max_seconds, tokenizer.byte_lengths))
         if cache_out:
             cache.save(cache_out)
             print(
@@ -79,8 +81,9 @@ def evaluate(
         return
     with _bar(min(windows, (len(ids) - 1) // max(1, window)) * window) as show:
         report = by_position(
-            network, ids, window=window, windows=windows, batch_size=batch_size, chunk=chunk, on_chunk=show
-        )
+            network, ids, window=window, windows=windows, byte_lengths=tokenizer.byte_lengths, batch_size=batch_size,
+            chunk=chunk, on_chunk=show,
+        )  # fmt: skip
     print_report(report)
 
 
@@ -101,12 +104,14 @@ def stream_with_bar(
     chunk: int,
     cache: LongNetCache | None = None,
     max_seconds: float | None = None,
+    byte_lengths: np.ndarray | None = None,
 ) -> StreamReport:
     end = time.monotonic() + (math.inf if max_seconds is None else max_seconds)
     with _bar(len(ids) - 1) as show:
         return stream(
-            model, ids, chunk=chunk, cache=cache, on_chunk=show, stop=lambda: time.monotonic() > end
-        )
+            model, ids, byte_lengths=byte_lengths, chunk=chunk, cache=cache, on_chunk=show,
+            stop=lambda: time.monotonic() > end,
+        )  # fmt: skip
 
 
 def print_report(report: StreamReport) -> None:
@@ -119,18 +124,45 @@ def print_report(report: StreamReport) -> None:
     rate = report.tokens / report.seconds
     where = f"{report.windows} windows, " if isinstance(report, PositionReport) else ""
     print(
-        f"{where}{report.tokens} tokens, mean {report.mean:.3f}, {rate:,.0f} tokens/s, cache {report.cache_bytes} bytes"
+        f"{where}{report.tokens} tokens of {report.text_bytes} bytes, mean {report.mean:.3f}, {rate:,.0f} tokens/s, "
+        f"cache {report.cache_bytes} bytes"
     )
 
 
-def _bytes_of(file: Path, max_bytes: int | None) -> np.ndarray:
-    """uint16 ids of a file, held on disk: a file of any size takes no memory here."""
+def _prepared(folder: Path, tokenizer: Tokenizer, max_bytes: int | None) -> np.ndarray:
+    """Held-out ids of prepared data."""
+    dataset = TokenDataset(folder)
+    if dataset.tokenizer.name != tokenizer.name:
+        raise ValueError(
+            f"file: expected text prepared with the model's tokenizer, {tokenizer.name}; got {folder}, of "
+            f"{dataset.tokenizer.name}; give the text itself, or prepare it with --tokenizer MODEL"
+        )
+    ids = dataset.split("validation")
+    if max_bytes is None:
+        return ids
+    left = max_bytes
+    for first in range(0, len(ids), 1 << 20):
+        sizes = np.cumsum(tokenizer.byte_lengths[ids[first : first + (1 << 20)]])
+        if sizes[-1] > left:
+            return ids[: first + np.searchsorted(sizes, left, side="right")]
+        left -= sizes[-1]
+    return ids
+
+
+def _ids_of(file: Path, tokenizer: Tokenizer, max_bytes: int | None) -> np.ndarray:
+    """Ids of a file, held on disk: a file of any size takes no memory here."""
     if not file.stat().st_size:
         raise ValueError(f"file: expected text; got {file}, which is empty")
-    source = np.memmap(file, np.uint8, "r")[:max_bytes]
+    source = np.memmap(file, np.uint8, "r")
+    if max_bytes is not None and max_bytes < len(source):
+        end = max_bytes
+        while tokenizer.name != BYTES.name and end > 0 and source[end] & 0xC0 == 0x80:
+            end -= 1  # half a character is no text
+        source = source[:end]
     with tempfile.TemporaryFile() as scratch:
-        ids = np.memmap(scratch, np.uint16, "w+", shape=source.shape)
-        for first in range(0, len(source), 1 << 24):
-            part = source[first : first + (1 << 24)]
-            ids[first : first + len(part)] = part.astype(np.uint16) + text.FIRST_BYTE
-    return ids
+        for piece in tokenizer.pieces(source):
+            scratch.write(piece.tobytes())
+        scratch.flush()
+        if not scratch.tell():
+            raise ValueError(f"--max-bytes: expected at least the first character of {file}; got {max_bytes}")
+        return np.memmap(scratch, tokenizer.dtype, "r")

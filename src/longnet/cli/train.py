@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from longnet.integrations.tokenizer import load_tokenizer
 from longnet.train import TrainConfig, TrainSummary
 from longnet.train import train as train_model
 from longnet.train.data import SUFFIXES
@@ -19,6 +20,8 @@ from longnet.train.parallelize import is_leader
 def prepare(
     inputs: tyro.conf.Positional[tuple[Path, ...]],
     output: Path,
+    tokenizer: Path | None = None,
+    end_of_text: str | None = None,
     on_bad: Literal["skip", "fail"] = "skip",
     suffixes: tuple[str, ...] = SUFFIXES,
     encoding: str = "utf-8",
@@ -30,6 +33,10 @@ def prepare(
     Args:
         inputs: Files or folders; folders are read recursively. A .jsonl file holds a document a line, in the field "text".
         output: The directory to make.
+        tokenizer: A tokenizer.json of the tokenizers library, or a folder with one; without it, ids are bytes. `longnet train`
+            takes it from OUTPUT, and puts it next to the model.
+        end_of_text: Which of the tokenizer's special tokens ends a document; by default the eos_token of
+            tokenizer_config.json beside it, or the only special token there is.
         on_bad: What to do with empty, binary, undecodable or truncated inputs.
         suffixes: Which files of a folder are read; the others are counted.
         encoding: Of the inputs; they are stored as UTF-8.
@@ -37,8 +44,8 @@ def prepare(
         max_bytes: Stop after this much text.
     """
     report = prepare_data(
-        list(inputs), output, on_bad=on_bad, suffixes=suffixes, encoding=encoding,
-        validation_fraction=validation_fraction, max_bytes=max_bytes,
+        list(inputs), output, tokenizer=load_tokenizer(tokenizer, end_of_text), on_bad=on_bad, suffixes=suffixes,
+        encoding=encoding, validation_fraction=validation_fraction, max_bytes=max_bytes,
     )  # fmt: skip
     for problem in report.bad:
         print(f"skipped {problem}", file=sys.stderr)
@@ -48,8 +55,8 @@ def prepare(
         )
         print(f"not read, suffix not in {' '.join(suffixes)}: {counts}", file=sys.stderr)
     print(
-        f"{report.documents} documents ({report.validation_documents} held out), {report.tokens} tokens, "
-        f"{len(report.bad)} skipped -> {output}"
+        f"{report.documents} documents ({report.validation_documents} held out), {report.tokens} tokens of "
+        f"{report.text_bytes} bytes, {len(report.bad)} skipped -> {output}"
     )
 
 

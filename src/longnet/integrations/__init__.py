@@ -3,7 +3,7 @@
 from longnet.integrations.attention_interface import patch, register
 from longnet.integrations.gigapath import GigaPathSlideEncoder, load_gigapath
 from longnet.integrations.streaming import StreamingCache
-from longnet.integrations.tokenizer import byte_tokenizer
+from longnet.integrations.tokenizer import byte_tokenizer, load_tokenizer
 from longnet.integrations.torchscale import TorchscaleConfig, TorchscaleLongNet, load_torchscale
 
 register()
@@ -15,6 +15,7 @@ __all__ = [
     "TorchscaleLongNet",
     "byte_tokenizer",
     "load_gigapath",
+    "load_tokenizer",
     "load_torchscale",
     "patch",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ class LongNetHierarchicalAttention(LongNetProjections):
         cache: LongNetCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        if start:
+        parallel = self._across_ranks(lengths, start) if cache is None else None
+        if start and parallel is None:
             raise ValueError(
                 f"expected start = 0: a hierarchical layer reads a text from its beginning; got {start}"
             )
@@ -60,7 +61,13 @@ class LongNetHierarchicalAttention(LongNetProjections):
     ) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
-        tail = None if cache is None else cache.key_tail(self.layer_index, k, self.key_conv.shape[2], lengths)
+        width, tail = self.key_conv.shape[2], None
+        if cache is not None:
+            tail = cache.key_tail(self.layer_index, k, width, lengths)
+        elif self.sequence_parallel is not None and width > 1:
+            from longnet.attention.hierarchical_exchange import tokens_before
+
+            tail = tokens_before(k, width - 1, self.sequence_parallel)
         # Autocast norms in fp32.
         return self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, tail)).to(v.dtype), v
 
@@ -92,10 +99,14 @@ class LongNetHierarchicalAttention(LongNetProjections):
             )
             step = Step(q, q_local, k, k_local, v)
             return cache.attend_hierarchical(self.layer_index, step, parameters, self.prior_query, lengths)
-        return hierarchical_attention(
-            q, k, v, self.pattern, causal=self.causal, prior_query=self.prior_query, level_bias=self.level_bias,
-            router_mix=mix, rotary=rotary, lengths=lengths, impl=self.impl,
-        ).out  # fmt: skip
+        parameters = {"prior_query": self.prior_query, "level_bias": self.level_bias, "router_mix": mix}
+        options: dict[str, Any] = {"causal": self.causal, "rotary": rotary, **parameters}
+        if self.sequence_parallel is not None:
+            from longnet.attention.hierarchical_parallel import sequence_parallel_hierarchical_attention
+
+            ranks = self.sequence_parallel
+            return sequence_parallel_hierarchical_attention(q, k, v, self.pattern, ranks, **options).out
+        return hierarchical_attention(q, k, v, self.pattern, lengths=lengths, impl=self.impl, **options).out
 
     def _convolve(self, k: Tensor, tail: Tensor | None) -> Tensor:
         """k (B, N, K, D) plus its causal depthwise convolution; `tail` (B, width - 1, K, D): the raw keys before it."""

@@ -15,7 +15,7 @@ from longnet.attention.strided import has_triton
 from longnet.model.tiles import by_tiles
 
 if TYPE_CHECKING:
-    from longnet.attention.sequence_parallel import SequenceParallel
+    from longnet.attention.collectives import SequenceParallel
     from longnet.model.cache import LongNetCache
     from longnet.model.config import LongNetConfig
 
@@ -80,6 +80,18 @@ class LongNetProjections(nn.Module):
         self.o_proj.writes_residual = True  # pyrefly: ignore
         self.q_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LongNetRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        # Set from outside (train/parallelize.py) where the tokens are one rank's part of a longer sequence.
+        self.sequence_parallel: SequenceParallel | None = None
+
+    def _across_ranks(self, lengths: Tensor | None, start: int) -> SequenceParallel | None:
+        """The ranks that share the sequence, if any: whose tokens these must be."""
+        parallel = self.sequence_parallel
+        if parallel is not None and (lengths is not None or start != parallel.start):
+            raise ValueError(
+                f"sequence parallelism: expected no lengths and start={parallel.start}, this rank's first position; got "
+                f"{'no lengths' if lengths is None else 'lengths'} and start={start}"
+            )
+        return parallel
 
 
 class LongNetAttention(LongNetProjections):
@@ -92,8 +104,6 @@ class LongNetAttention(LongNetProjections):
         super().__init__(config, layer_index)
         self.pattern = config.pattern()
         self.impl = config.attention_impl
-        # Set from outside (train/parallelize.py) where the tokens are one rank's part of a longer sequence.
-        self.sequence_parallel: SequenceParallel | None = None
         self.tile_tokens: int | None = None  # set from outside (tiles.set_tile)
 
     def forward(
@@ -107,8 +117,10 @@ class LongNetAttention(LongNetProjections):
         q, k, v = by_tiles(self._project, self.tile_tokens, hidden, *rotary)
         if cache is not None:
             out = cache.attend(self.layer_index, q, k, v, lengths)
-        elif self.sequence_parallel is not None:
-            out = self._attend_across_ranks(q, k, v, lengths, start)
+        elif (parallel := self._across_ranks(lengths, start)) is not None:
+            from longnet.attention.sequence_parallel import sequence_parallel_attention
+
+            out = sequence_parallel_attention(q, k, v, self.pattern, parallel, causal=self.causal).out
         else:
             out = dilated_attention(
                 q,
@@ -135,20 +147,6 @@ class LongNetAttention(LongNetProjections):
             q = apply_rotary(self.q_norm(q), (cos, sin), v.dtype)
             k = apply_rotary(self.k_norm(k), (cos, sin), v.dtype)
         return q, k, v
-
-    def _attend_across_ranks(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, start: int
-    ) -> Tensor:
-        from longnet.attention.sequence_parallel import sequence_parallel_attention
-
-        parallel = self.sequence_parallel
-        assert parallel is not None
-        if lengths is not None or start != parallel.start:
-            raise ValueError(
-                f"sequence parallelism: expected no lengths and start={parallel.start}, this rank's first position; got "
-                f"{'no lengths' if lengths is None else 'lengths'} and start={start}"
-            )
-        return sequence_parallel_attention(q, k, v, self.pattern, parallel, causal=self.causal).out
 
 
 class LongNetMLP(nn.Module):

@@ -16,6 +16,7 @@ import torch
 import uvicorn
 
 from longnet import text
+from longnet.integrations.tokenizer import require_bytes, tokenizer_of_model
 from longnet.model import LongNetForCausalLM
 from longnet.model.folder import load_whole
 from longnet.serve.app import Api
@@ -138,6 +139,7 @@ def load(path: Path, device: str, dtype: str) -> LongNetForCausalLM:
     if dtype == "auto" and device == "cuda":
         dtype = "bfloat16"
     model = load_whole(LongNetForCausalLM, path, dtype=dtype).eval()
+    require_bytes(tokenizer_of_model(path, model.config.vocab_size), "--model of `longnet serve`")
     if model.config.vocab_size != text.VOCAB_SIZE:
         raise ValueError(
             f"model: expected a byte model with {text.VOCAB_SIZE} ids; got {model.config.vocab_size} in {path}"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longnet.integrations.tokenizer import require_bytes, tokenizer_of_model
 from longnet.model import LongNetConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -98,6 +99,7 @@ def build_model(cls: type[M], config: FitConfig, **fields: Any) -> M:
         )
     else:
         base = LongNetConfig.from_pretrained(config.pretrained, **overrides)  # pyrefly: ignore
+        require_bytes(tokenizer_of_model(config.pretrained, base.vocab_size), "pretrained")
         model = cls.from_pretrained(config.pretrained, config=base, dtype=torch.float32)  # pyrefly: ignore
     nn.Module.to(model, pick_device(config.device))
     return model

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from longnet.integrations.tokenizer import BYTES, require_bytes
 from longnet.model import LongNetConfig
+from longnet.text import Tokenizer
 from longnet.train import parallelize
 
 # May differ between a run and its continuation: they do not change what a step computes.
@@ -24,11 +26,11 @@ class TrainConfig:
     """What `longnet train` does."""
 
     data: Path
-    """Directory made by `longnet prepare`."""
+    """Directory made by `longnet prepare`; the model takes its tokenizer, and so the size of its vocabulary, from there."""
     output: Path
     """Where checkpoints, metrics.jsonl, loss.png and the final model go."""
     objective: Literal["causal", "mlm"] = "causal"
-    """causal: predict the next byte; mlm: fill in masked spans with a bidirectional model, to fine-tune it on a task."""
+    """causal: predict the next token; mlm: fill in masked spans of bytes with a bidirectional model, to fine-tune on a task."""
     preset: str = "tiny"
     """Model size: tiny, mini, small, base, large, xl."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -96,6 +98,24 @@ class TrainConfig:
 def identity(config: TrainConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     return json.loads(json.dumps({k: v for k, v in fields.items() if k not in _FREE_FIELDS}))
+
+
+def model_config(config: TrainConfig, tokenizer: Tokenizer) -> LongNetConfig:
+    """The model that is trained: its vocabulary is the tokenizer's, or larger where `model` says so."""
+    fields = dict(config.model)
+    if config.objective == "mlm":
+        require_bytes(tokenizer, "objective 'mlm'")
+        fields["bidirectional"] = True
+    if tokenizer.name != BYTES.name:
+        ends = {"bos_token_id": None, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
+        fields = {"vocab_size": len(tokenizer.spelling)} | ends | fields
+    made = LongNetConfig.preset(config.preset, **fields)
+    if made.vocab_size < len(tokenizer.spelling):
+        raise ValueError(
+            f"model: expected vocab_size of at least {len(tokenizer.spelling)}, the ids of {config.data}; got {made.vocab_size}; "
+            "leave it out"
+        )
+    return made
 
 
 def check(config: TrainConfig) -> None:
@@ -167,4 +187,11 @@ def check(config: TrainConfig) -> None:
     for name in ("learning_rate", "clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: expected a positive number; got {getattr(config, name)}")
-    parallelize.check_layout(world, config.sequence_parallel, config.sequence_length, config.batch_size)
+    model = LongNetConfig.preset(config.preset, **config.model)
+    if config.sequence_parallel > 1 and model.attention_impl not in (None, "strided"):
+        raise ValueError(
+            "attention_impl: expected None with sequence_parallel, whose layers attend by library operations; got "
+            f"{model.attention_impl!r}"
+        )
+    shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
+    parallelize.check_layout(world, *shape, parallelize.shard_block(model))

@@ -10,6 +10,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet.text import EOS, VOCAB_SIZE, encode
+from longnet.integrations.tokenizer import BYTES, load_tokenizer
+from longnet.text import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 SUFFIXES = (".txt", ".md", ".py", ".gz", ".jsonl")
 _READ = 1 << 16
+_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 Split = Literal["train", "validation"]
 
 
@@ -32,6 +35,7 @@ class PreparationReport:
     documents: int = 0
     validation_documents: int = 0
     tokens: int = 0
+    text_bytes: int = 0
     bad: list[str] = field(default_factory=list)
     unlisted: dict[str, int] = field(default_factory=dict)
 
@@ -40,18 +44,21 @@ def prepare(
     inputs: list[Path],
     output: Path,
     *,
+    tokenizer: Tokenizer = BYTES,
     on_bad: Literal["skip", "fail"] = "skip",
     suffixes: tuple[str, ...] = SUFFIXES,
     encoding: str = "utf-8",
     validation_fraction: float = 0.05,
     max_bytes: int | None = None,
 ) -> PreparationReport:
-    """Turn files and folders into a token directory: tokens.bin (uint16), documents.npy (start offsets), meta.json.
+    """Turn files and folders into a token directory: tokens.bin (uint16, or uint32 for more than 2^16 ids), documents.npy
+    (start offsets), meta.json, and the tokenizer's files unless it is the bytes'.
 
-    A document is a file, or a line's "text" in a .jsonl file; both may be gzipped. It ends with EOS. Folders are read
-    recursively in sorted order; files with other suffixes are counted. Empty, binary, undecodable, unreadable or truncated
-    inputs are counted and reported with file and offset; `on_bad="fail"` raises on the first. The directory appears whole
-    or not at all.
+    A document is a file, or a line's "text" in a .jsonl file; both may be gzipped. It ends with `tokenizer.end`. Folders are
+    read recursively in sorted order; files with other suffixes are counted. Empty, binary, undecodable, unreadable or
+    truncated inputs, and those that the tokenizer cannot write, are counted and reported with file and offset;
+    `on_bad="fail"` raises on the first. The directory appears whole or not at all. `max_bytes` counts bytes of text, and
+    one for the end of a document.
 
     Which documents are held out follows from a hash of each document's bytes: adding text moves no old document to the
     other split, and copies of one document are never in both. Training documents come first in tokens.bin. Neither split is
@@ -83,12 +90,13 @@ def prepare(
     try:
         offsets, hashes = [0], []
         with open(temporary / "unsorted.bin", "wb") as stream:
-            for document in _documents(_files(inputs, suffixes, report), report, on_bad, encoding):
-                ids = np.append(encode(document), np.uint16(EOS))
-                stream.write(ids.tobytes())
+            files = _files(inputs, suffixes, report)
+            for document, ids in _documents(files, report, on_bad, encoding, tokenizer):
+                stream.write(np.append(ids, tokenizer.dtype(tokenizer.end)).tobytes())
                 hashes.append(int.from_bytes(hashlib.sha256(document).digest()[:8], "big"))
-                offsets.append(offsets[-1] + len(ids))
-                if max_bytes is not None and offsets[-1] >= max_bytes:
+                offsets.append(offsets[-1] + len(ids) + 1)
+                report.text_bytes += len(document) + 1
+                if max_bytes is not None and report.text_bytes >= max_bytes:
                     break
         report.documents, report.tokens = len(hashes), offsets[-1]
         if not report.documents:
@@ -102,34 +110,38 @@ def prepare(
         if all(held_out):
             held_out[hashes.index(max(hashes))] = False
         report.validation_documents = sum(held_out)
-        _write_split(temporary, offsets, held_out)
+        if tokenizer is not BYTES:
+            tokenizer.save(temporary)
+        _write_split(temporary, offsets, held_out, tokenizer)
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 
-def _write_split(folder: Path, offsets: list[int], held_out: list[bool]) -> None:
+def _write_split(folder: Path, offsets: list[int], held_out: list[bool], tokenizer: Tokenizer) -> None:
     """tokens.bin, documents.npy and meta.json from unsorted.bin: training documents first, each group in reading order."""
     order = sorted(range(len(held_out)), key=held_out.__getitem__)
     source, digest, sorted_offsets, border = (
-        np.memmap(folder / "unsorted.bin", np.uint16, "r"),
+        np.memmap(folder / "unsorted.bin", tokenizer.dtype, "r"),
         hashlib.sha256(),
         [0],
         0,
     )
     with open(folder / "tokens.bin", "wb") as stream:
         for i in order:
-            ids = source[offsets[i] : offsets[i + 1]].tobytes()
-            stream.write(ids)
-            digest.update(ids)
-            sorted_offsets.append(sorted_offsets[-1] + len(ids) // 2)
+            ids = source[offsets[i] : offsets[i + 1]]
+            stream.write(ids.tobytes())
+            digest.update(ids.tobytes())
+            sorted_offsets.append(sorted_offsets[-1] + len(ids))
             border = border if held_out[i] else sorted_offsets[-1]
     (folder / "unsorted.bin").unlink()
     np.save(folder / "documents.npy", np.array(sorted_offsets, np.int64))
     meta = {
         "format": FORMAT,
-        "vocab_size": VOCAB_SIZE,
+        "tokenizer": tokenizer.name,
+        "vocab_size": len(tokenizer.spelling),
+        "dtype": np.dtype(tokenizer.dtype).name,
         "tokens": sorted_offsets[-1],
         "train_tokens": border,
         "sources": digest.hexdigest(),
@@ -155,9 +167,9 @@ def _files(inputs: list[Path], suffixes: tuple[str, ...], report: PreparationRep
 
 
 def _documents(
-    files: Iterator[Path], report: PreparationReport, on_bad: str, encoding: str
-) -> Iterator[bytes]:
-    """UTF-8 documents."""
+    files: Iterator[Path], report: PreparationReport, on_bad: str, encoding: str, tokenizer: Tokenizer
+) -> Iterator[tuple[bytes, np.ndarray]]:
+    """UTF-8 documents and their ids."""
 
     def bad(message: str) -> None:
         if on_bad == "fail":
@@ -191,11 +203,15 @@ def _documents(
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 bad(f'{name}: expected a JSON object with "text": {error!r}')
                 continue
-            problem = _binary(document) or (None if document.strip() else "empty")
-            if problem:
+            problem, ids = _binary(document) or (None if document.strip() else "empty"), None
+            try:
+                ids = None if problem else tokenizer.encode(document)
+            except ValueError as error:
+                problem = str(error)
+            if ids is None:
                 bad(f"{name}: {problem}")
             else:
-                yield document
+                yield document, ids
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -241,7 +257,7 @@ class TokenDataset:
         try:
             self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
             self.documents = np.load(self.path / "documents.npy", allow_pickle=False)
-            self.tokens = np.memmap(self.path / "tokens.bin", np.uint16, "r")
+            self.tokens = np.memmap(self.path / "tokens.bin", _DTYPES[self.meta.get("dtype", "uint16")], "r")
             expected = (FORMAT, int(self.meta["tokens"]), int(self.documents[-1]))
             found = (self.meta["format"], len(self.tokens), len(self.tokens))
             self._border = int(self.meta.get("train_tokens", -1))
@@ -255,6 +271,17 @@ class TokenDataset:
                 f"{path}: expected format {expected[0]} and {expected[1]} tokens (documents end at {expected[2]}); got "
                 f"format {found[0]} and {found[1]} tokens; prepare it again"
             )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What the ids are of, from the files that lie here."""
+        tokenizer = load_tokenizer(None if self.meta["tokenizer"] == BYTES.name else self.path)
+        if tokenizer.name != self.meta["tokenizer"]:
+            raise ValueError(
+                f"{self.path}: expected the tokenizer that the text was prepared with, {self.meta['tokenizer']}; got one of "
+                f"{tokenizer.name}; prepare it again"
+            )
+        return tokenizer
 
     def split(self, split: Split) -> np.ndarray:
         """The tokens of a split, as a view on the file."""
@@ -291,20 +318,28 @@ class WindowSampler:
 
     def next_batch(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """(batch_size, window) int64 ids; of these, only `rows` and `columns` are read, for ranks that hold a part."""
-        parts = []
-        for i in range(self.drawn, self.drawn + self.batch_size)[rows]:
-            epoch, position = divmod(i, self.per_epoch)
-            if epoch != self._epoch:
-                generator = np.random.default_rng((self.seed, epoch))
-                self._phase, self._order = (
-                    int(generator.integers(self.window)),
-                    generator.permutation(self.per_epoch),
-                )
-                self._epoch = epoch
-            first = self._phase + int(self._order[position]) * self.window
-            parts.append(self.tokens[first : first + self.window][columns].astype(np.int64))
+        self._begins = [self._begin(i) for i in range(self.drawn, self.drawn + self.batch_size)]
+        parts = [
+            self.tokens[first : first + self.window][columns].astype(np.int64) for first in self._begins[rows]
+        ]
         self.drawn += self.batch_size
         return torch.from_numpy(np.stack(parts))
+
+    def _begin(self, i: int) -> int:
+        epoch, position = divmod(i, self.per_epoch)
+        if epoch != self._epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._phase, self._order = (
+                int(generator.integers(self.window)),
+                generator.permutation(self.per_epoch),
+            )
+            self._epoch = epoch
+        return self._phase + int(self._order[position]) * self.window
+
+    def bytes_per_token(self, byte_lengths: np.ndarray) -> float:
+        """Mean bytes of what was to be predicted in the batch drawn last, its rows and columns all: (V,) bytes an id."""
+        sizes = [byte_lengths[self.tokens[first + 1 : first + self.window]].sum() for first in self._begins]
+        return float(sum(sizes)) / (len(sizes) * (self.window - 1))
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity, "drawn": self.drawn}

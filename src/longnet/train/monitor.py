@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from longnet import text
 from longnet.generate import generate
 from longnet.model import LongNetForCausalLM
 from longnet.train.data import TokenDataset
@@ -35,6 +33,7 @@ class Monitor:
 
     def __init__(self, config: TrainConfig, dataset: TokenDataset) -> None:
         self.config = config
+        self.tokenizer = dataset.tokenizer
         self.held_out = dataset.split("validation") if config.eval_every or config.sample_every else None
         if config.eval_every and self.held_out is not None and len(self.held_out) <= config.sequence_length:
             raise ValueError(
@@ -74,12 +73,12 @@ class Monitor:
         try:
             report = by_position(
                 model, self.held_out, window=config.sequence_length, windows=config.eval_windows,
-                batch_size=config.batch_size, on_chunk=on_chunk,
+                byte_lengths=self.tokenizer.byte_lengths, batch_size=config.batch_size, on_chunk=on_chunk,
             )  # fmt: skip
         except Interrupted:
             return {}
         return {
-            "validation_loss": report.mean * math.log(2),
+            "validation_loss": report.loss,
             "validation_bits_per_byte": report.mean,
             "validation_borders": list(report.borders),
             "validation_by_position": list(report.bits_per_byte),
@@ -88,11 +87,13 @@ class Monitor:
     def _sample(self, model: LongNetForCausalLM) -> str:
         assert self.held_out is not None
         model.eval()
+        never = [*self.tokenizer.unwritten, *range(len(self.tokenizer.spelling), model.config.vocab_size)]
         prompt = torch.from_numpy(np.asarray(self.held_out[:_SAMPLE_PROMPT]).astype(np.int64))[None]
         output = generate(
-            model, prompt.to(model.device), max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=self.config.seed
+            model, prompt.to(model.device), max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_p=0.95,
+            seed=self.config.seed, forbidden_ids=never,
         )  # fmt: skip
-        return text.decode(output.ids[0])
+        return self.tokenizer.decode_bytes(output.ids[0]).decode("utf-8", "replace")
 
     def close(self) -> None:
         if self._writer is not None:

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from longnet.attention.sequence_parallel import SequenceParallel
-from longnet.model.layers import LongNetAttention
+from longnet.attention.collectives import SequenceParallel
+from longnet.model.config import LongNetConfig
 from longnet.schedule import Shards
 from longnet.train.checkpoint import CheckpointWriteError, Groups
 from longnet.train.data import WindowSampler
@@ -110,8 +110,13 @@ def _differences(reports: list[dict[str, Any]]) -> str:
     return "expected the same on all ranks; differing: " + " | ".join(lines) + "; start all ranks alike"
 
 
-def check_layout(world: int, sequence_parallel: int, sequence_length: int, batch_size: int) -> int:
-    """The number of data-parallel replicas, or ValueError where the ranks cannot be laid out as dp x sp."""
+def check_layout(
+    world: int, sequence_parallel: int, sequence_length: int, batch_size: int, block: int = 1
+) -> int:
+    """The number of data-parallel replicas, or ValueError where the ranks cannot be laid out as dp x sp.
+
+    block: tokens that no border between ranks may divide; see `shard_block`.
+    """
     if world % sequence_parallel:
         raise ValueError(
             f"sequence_parallel: expected a divisor of the {world} ranks that were started; got {sequence_parallel}; "
@@ -127,7 +132,17 @@ def check_layout(world: int, sequence_parallel: int, sequence_length: int, batch
         raise ValueError(
             f"sequence_length: expected at least two tokens a rank; got {sequence_length} over {sequence_parallel} ranks"
         )
+    if -(-sequence_length // block) < sequence_parallel:
+        raise ValueError(
+            f"sequence_length: expected at least one leaf block of {block} tokens a rank; got {sequence_length} over "
+            f"{sequence_parallel} ranks; use longer windows, fewer ranks or a smaller block"
+        )
     return replicas
+
+
+def shard_block(model: LongNetConfig) -> int:
+    """Tokens that no border between ranks may divide: those of a leaf block of hierarchical layers, or 1."""
+    return model.hierarchical_pattern().block if "hierarchical" in model.attention_kinds() else 1
 
 
 class Parallel:
@@ -140,13 +155,14 @@ class Parallel:
         batch_size: int,
         device: torch.device,
         timeout: timedelta,
+        block: int = 1,
     ) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
-        replicas = check_layout(self.world, sequence_parallel, sequence_length, batch_size)
+        replicas = check_layout(self.world, sequence_parallel, sequence_length, batch_size, block)
         self.mesh = init_device_mesh(device.type, (replicas, sequence_parallel), mesh_dim_names=("dp", "sp"))
         # The same ranks as one dimension, for FSDP: gradients are summed over sp as well as over dp.
         self.flat = init_device_mesh(device.type, (self.world,), mesh_dim_names=("dp_sp",))
-        shards = Shards.even(sequence_length, sequence_parallel)
+        shards = Shards.even(sequence_length, sequence_parallel, block=block)
         self.sequence = SequenceParallel(shards, self.mesh.mesh.tolist(), timeout)
         rows = batch_size // replicas
         replica = self.rank // sequence_parallel
@@ -157,11 +173,6 @@ class Parallel:
         """Shard the parameters over all ranks and let attention work across the ranks of a sequence. In place."""
         if self.sequence.shards.ranks > 1:
             for layer in model.model.layers:
-                if not isinstance(layer.attention, LongNetAttention):
-                    raise ValueError(
-                        "sequence_parallel: expected dilated attention in every layer; got "
-                        f"{type(layer.attention).__name__}; use sequence_parallel=1"
-                    )
                 layer.attention.sequence_parallel = self.sequence
         for layer in model.model.layers:
             fully_shard(layer, mesh=self.flat)

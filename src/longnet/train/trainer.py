@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet.integrations.tokenizer import byte_tokenizer
+from longnet.integrations.tokenizer import BYTES
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.model.tiles import set_tile
+from longnet.text import Tokenizer
 from longnet.train import checkpoint, parallelize
 from longnet.train.chunked import choose_chunk, chunked_backward
-from longnet.train.config import TrainConfig, check, identity
+from longnet.train.config import TrainConfig, check, identity, model_config
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
 from longnet.train.monitor import Monitor, plot
@@ -108,11 +109,12 @@ class _Run:
             parallelize.connect(_preflight(config), self.device, timedelta(seconds=config.timeout))
             check(config)
         dataset = TokenDataset(config.data)
+        self.tokenizer = dataset.tokenizer
         self.sampler = WindowSampler(dataset, config.sequence_length, config.batch_size, config.seed)
         leader = parallelize.is_leader()
         self.monitor = Monitor(config if leader else dataclasses.replace(config, tensorboard=False), dataset)
         torch.manual_seed(config.seed)
-        self.model = _build(config)
+        self.model = _build(config, self.tokenizer)
         torch.nn.Module.to(self.model, self.device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -121,7 +123,10 @@ class _Run:
         self.parallel: parallelize.Parallel | None = None
         if many:
             shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
-            self.parallel = parallelize.Parallel(*shape, self.device, timedelta(seconds=config.timeout))
+            block = parallelize.shard_block(self.model.config)
+            self.parallel = parallelize.Parallel(
+                *shape, self.device, timedelta(seconds=config.timeout), block
+            )
             self.parallel.apply(self.model)
         self.signals: list[int] = []
         self._asked_to_stop = False
@@ -144,17 +149,13 @@ class _Run:
         """One optimizer step."""
         config, started = self.config, time.perf_counter()
         self.model.train()
-        total = 0.0
+        total, sizes = 0.0, []
         for _ in range(config.accumulation):
             if self.parallel is not None:
                 total += self.parallel.backward(self.model, self.sampler, config.accumulation, self.autocast)
-                continue
-            ids = labels = self.sampler.next_batch()
-            if config.objective == "mlm":
-                # Drawn from the seed and the windows' number: a resumed run masks the same spans.
-                ids, labels = mask_spans(ids, (config.seed, self.sampler.drawn))
-            ids, labels = (x.to(self.device, non_blocking=True) for x in (ids, labels))
-            total += float(self.backward(ids, labels)) / config.accumulation
+            else:
+                total += float(self.backward(*self._batch())) / config.accumulation
+            sizes.append(self.sampler.bytes_per_token(self.tokenizer.byte_lengths))
         gradient, broken = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip), ""
         if self.parallel is not None:
             # Every rank learns of a broken loss or a signal in the same step, before the optimizer.
@@ -177,12 +178,19 @@ class _Run:
         return {
             "step": self.step,
             "loss": total,
-            "bits_per_byte": total / math.log(2),
+            "bits_per_byte": total / math.log(2) / (sum(sizes) / len(sizes)),
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens": tokens * self.step,
             "tokens_per_second": tokens / (time.perf_counter() - started),
         }
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        ids = labels = self.sampler.next_batch()
+        if self.config.objective == "mlm":
+            # Drawn from the seed and the windows' number: a resumed run masks the same spans.
+            ids, labels = mask_spans(ids, (self.config.seed, self.sampler.drawn))
+        return ids.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def backward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Add the gradient of the mean loss over a batch, divided by the accumulation; the loss."""
@@ -224,6 +232,10 @@ class _Run:
         else:
             self.unlogged.clear()
 
+    def identity(self) -> dict[str, Any]:
+        """What a continuation must share with this run."""
+        return identity(self.config) | {"tokenizer": self.tokenizer.name}
+
     def save(self) -> None:
         states = self.optimizer.state_dict()["state"]
         moments = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
@@ -235,7 +247,7 @@ class _Run:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {"step": self.step, "data": self.sampler.state_dict(), "config": identity(self.config)}
+        state = {"step": self.step, "data": self.sampler.state_dict(), "config": self.identity()}
         groups: checkpoint.Groups = {"weights": weights, "optimizer": moments, "random": random}
         folder = self.config.output / "checkpoints"
 
@@ -251,12 +263,12 @@ class _Run:
             weights = {name: self.parallel.full(p.detach()) for name, p in self.model.named_parameters()}
             if not parallelize.is_leader():
                 return
-            model = _build(self.config)
+            model = _build(self.config, self.tokenizer)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
         model.save_pretrained(folder)
-        byte_tokenizer().save_pretrained(folder)
+        self.tokenizer.save(folder)
 
     def close(self) -> None:
         if self.parallel is not None:
@@ -289,7 +301,8 @@ class _Run:
         if path is None:
             return None
         tensors, state = checkpoint.load(path)
-        now = identity(self.config)
+        now = self.identity()
+        state["config"].setdefault("tokenizer", BYTES.name)  # checkpoints from before there were others
         differing = [
             f"{k}: checkpoint {state['config'].get(k)!r}, now {now[k]!r}"
             for k in now
@@ -384,10 +397,11 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 def _preflight(config: TrainConfig) -> dict[str, Any]:
     """What all ranks must agree on before they talk: everything that changes a step, and the text itself."""
-    sources, model, problem = "", {}, ""
+    sources, tokenizer, model, problem = "", "", {}, ""
     try:
         check(config)
-        sources = TokenDataset(config.data).meta["sources"]
+        meta = TokenDataset(config.data).meta
+        sources, tokenizer = meta["sources"], meta["tokenizer"]
         model = LongNetConfig.preset(config.preset, **config.model).to_dict()
     except ValueError as error:
         problem = str(error)
@@ -398,6 +412,7 @@ def _preflight(config: TrainConfig) -> dict[str, Any]:
         **identity(config),
         **free,
         "data": sources,
+        "tokenizer": tokenizer,
         "problem": problem,
         "model": json.loads(json.dumps(model, default=str)),
     }
@@ -406,10 +421,9 @@ def _preflight(config: TrainConfig) -> dict[str, Any]:
     return fields
 
 
-def _build(config: TrainConfig) -> LongNetForCausalLM | LongNetForMaskedLM:
-    if config.objective == "causal":
-        return LongNetForCausalLM(LongNetConfig.preset(config.preset, **config.model))
-    return LongNetForMaskedLM(LongNetConfig.preset(config.preset, **{**config.model, "bidirectional": True}))
+def _build(config: TrainConfig, tokenizer: Tokenizer) -> LongNetForCausalLM | LongNetForMaskedLM:
+    kind = LongNetForCausalLM if config.objective == "causal" else LongNetForMaskedLM
+    return kind(model_config(config, tokenizer))
 
 
 @contextmanager
