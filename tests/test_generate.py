@@ -212,7 +212,8 @@ def test_only_the_repeating_ids_are_forbidden(model):
 def test_forbidden_ids_are_never_written(model):
     new = generate(model, prompt(9), max_new_tokens=80, forbidden_ids=[0, 3, 7], seed=2).ids[0]
     assert set(new) == set(range(VOCABULARY)) - {0, 3, 7}
-    few = generate(model, prompt(9), max_new_tokens=80, forbidden_ids=range(5), no_repeat_ngram=1, seed=2)
+    beyond = [*range(5), VOCABULARY, 10**6]  # ids that the model does not have are never written anyway
+    few = generate(model, prompt(9), max_new_tokens=80, forbidden_ids=beyond, no_repeat_ngram=1, seed=2)
     assert sorted(few.ids[0]) == list(range(5, VOCABULARY))
     assert few.finish_reasons == ["exhausted"]
 
@@ -240,7 +241,8 @@ def test_a_target_length_is_met(model):
         {"max_new_tokens": -1}, {"chunk_size": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0},
         {"lengths": [5]}, {"lengths": [0]}, {"stop_sequences": [[]]}, {"repetition_penalty": 0.0},
         {"min_new_tokens": 3}, {"min_new_tokens": -1}, {"no_repeat_ngram": 0},
-        {"input_ids": torch.zeros(1, 0, dtype=torch.int64)},
+        {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, {"forbidden_ids": [-1]},
+        {"eos_token_id": "<eos>"},
     ],
 )  # fmt: skip
 def test_arguments(model, change):

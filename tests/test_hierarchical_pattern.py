@@ -1,10 +1,13 @@
 """Laws of the cover: every visible token exactly once, from positions alone; clear refusals."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet import HierarchicalPattern
+from longnet.patterns import hierarchical as patterns_hierarchical
 
 
 @st.composite
@@ -78,6 +81,18 @@ def test_flops_count_what_a_query_attends():
         cover = pattern.cover(t // 4, 100)
         pairs += t + 1 - cover.local[0] + sum(hi - lo for lo, hi in cover.left)
     assert pattern.flops(100, 1, 1) == 4 * pairs
+
+
+@pytest.mark.parametrize("options", [{}, {"levels": 3}, {"block": 16, "radix": 2, "window_blocks": 2}])
+def test_operations_of_a_long_text_are_counted_in_a_sample(options, monkeypatch):
+    pattern = HierarchicalPattern(**options)
+    exact = pattern.flops(2**18, 1, 1)
+    monkeypatch.setattr(patterns_hierarchical, "_COUNTED", 2**11)
+    assert pattern.flops(2**18, 1, 1) == pytest.approx(exact, rel=1e-3)
+    assert pattern.flops(2**18, 1, 1) != exact
+    started = time.perf_counter()
+    pattern.flops(10**9, 1, 1)
+    assert time.perf_counter() - started < 10  # counted block by block it took minutes
 
 
 @pytest.mark.parametrize(

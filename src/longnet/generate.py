@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -212,6 +213,9 @@ def generate(
         raise ValueError("stop_sequences: expected lists of at least one id; got an empty one; leave it out")
     cache = _cache(model, cache, len(host))
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    for name, ids in (("eos_token_id", ends), ("forbidden_ids", forbidden_ids)):
+        if any(not isinstance(i, Integral) or i < 0 for i in ids):
+            raise ValueError(f"{name}: expected ids >= 0; got {list(ids)}")
     repeats = [] if no_repeat_ngram is None else [RepeatedNGrams(no_repeat_ngram) for _ in host]
     progress = _Progress(
         frozenset(ends),
@@ -219,10 +223,10 @@ def generate(
         [[] for _ in host],
         [None] * len(host),
         min_new_tokens,
-        frozenset(forbidden_ids),
-        repeats,
+        repeats=repeats,
     )
     logits = _prefill(model, input_ids, host, cache, chunk_size, on_prefill)
+    progress.never = frozenset(i for i in forbidden_ids if i < logits.shape[1])
     generator = None
     if seed is not None:
         generator = torch.Generator(device=logits.device).manual_seed(seed)
@@ -230,8 +234,8 @@ def generate(
     if repetition_penalty != 1:
         recent = _recent(input_ids.to(logits.device), host, repetition_window, logits.shape[1])
     sampler = _Sampler(temperature, top_k, top_p, repetition_penalty, recent, generator)
-    if forbidden_ids:
-        sampler.never = torch.tensor(list(forbidden_ids), device=logits.device)
+    if progress.never:
+        sampler.never = torch.tensor(list(progress.never), device=logits.device)
     _decode(model, logits, cache, sampler, progress, max_new_tokens, on_token, on_progress)
     return GenerationOutput(progress.ids, cache, [reason or "length" for reason in progress.reasons])
 

@@ -61,6 +61,14 @@ def test_rates_beyond_the_length_and_rows_of_one_key(tokens):
     check(*random_inputs(2, tokens, 3, 3), LONE)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [0, -0.7])
+def test_scales_that_are_not_positive(scale, causal):
+    """The library scales what it has masked with -inf: 0 times that is NaN, and a negative multiple +inf."""
+    q, k, v, dout = random_inputs(2, 83, 4, 2)
+    check(q, k, v, dout, PAPER, scale=scale, causal=causal, dlse=torch.randn(2, 4, 83))
+
+
 def test_an_empty_batch():
     actual = with_gradients(*random_inputs(0, 20, 4, 2), PAPER)
     assert [tuple(x.shape) for x in actual] == [
@@ -270,6 +278,8 @@ GOOD = dict(zip("qkv", random_inputs(2, 12, 4, 2)[:3], strict=True)) | {"pattern
         ({"scale": math.nan}, ("scale",)),
         ({"scale": math.inf}, ("scale",)),
         ({"scale": "big"}, ("scale",)),
+        ({"causal": "no"}, ("causal", "'no'")),
+        ({"causal": None}, ("causal", "None")),
         ({"impl": "cuda"}, ("impl", "'strided'")),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

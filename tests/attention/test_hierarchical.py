@@ -162,6 +162,7 @@ def test_single_precision_and_repeatability():
         ({"router_mix": torch.zeros(2)}, "router_mix"),
         ({"rotary": (torch.zeros(1, 10, 1, 3),) * 2}, "rotary"),
         ({"lengths": torch.zeros(2, dtype=torch.int64)}, "lengths"),
+        ({"causal": "no"}, "causal"),
         ({"impl": "fast"}, "impl"),
         ({"impl": "triton"}, "CUDA"),
     ],

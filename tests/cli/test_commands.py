@@ -17,7 +17,7 @@ import pytest
 tyro = pytest.importorskip("tyro")
 
 from longnet import LongNetConfig  # noqa: E402
-from longnet.cli import COMMANDS  # noqa: E402
+from longnet.cli import COMMANDS, main  # noqa: E402
 from longnet.cli.recipe import expand, registry  # noqa: E402
 from longnet.train import TrainConfig  # noqa: E402
 
@@ -159,25 +159,23 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
         assert longnet(*common, "--prompt", "ick", "--cache-in", tmp_path / "read")[1] == written
 
 
-def test_generate_to_a_length_into_a_file_with_bars(trained, tmp_path):
+def test_generate_to_a_length_into_a_file_with_bars(trained, longnet, tmp_path):
     folder, *_ = trained
+    (tmp_path / "prompt.txt").write_text("the quick brown fox. " * 100)
     arguments = (
-        "generate", "--model", folder / "run" / "model", "--prompt-file", "-", "--output", tmp_path / "out", "--chunk", 500,
+        "generate", "--model", folder / "run" / "model", "--prompt-file", tmp_path / "prompt.txt",
+        "--output", tmp_path / "out", "--chunk", 500,
         "--target-length", 300, "--no-repeat-ngram", 4, "--seed", 3, "--progress", "always",
     )  # fmt: skip
-    command = [sys.executable, "-m", "longnet", *map(str, arguments)]
-    done = subprocess.run(command, input=b"the quick brown fox. " * 100, capture_output=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == b""
-    assert b"read: 100%" in done.stderr
-    assert b"2.10k/2.10k" in done.stderr
-    assert b"write: 100%" in done.stderr
+    code, out, error = longnet(*arguments)
+    assert (code, out) == (0, ""), error
+    for part in ("read: 100%", "2.10k/2.10k", "write: 100%"):
+        assert part in error
     written = (tmp_path / "out").read_bytes()
     assert len(written) == 300
     assert len({written[i : i + 4] for i in range(297)}) == 297
     (tmp_path / "out").write_bytes(b"precious")
-    done = subprocess.run([*command, "--top-p", "7"], input=b"x", capture_output=True, timeout=100)
-    assert done.returncode == 2
+    assert longnet(*arguments, "--top-p", "7")[0] == 2
     assert (tmp_path / "out").read_bytes() == b"precious"
 
 
@@ -252,7 +250,18 @@ def test_help_explains_every_option(longnet, command):
         (("generate", "--model", "MODEL", "--prompt", "x", "--cache-in", "FILE"), "snapshot"),
         (("generate", "--model", "MODEL", "--prompt-file", "nowhere"), "nowhere"),
         (("explain", "--tokens", "0"), "max_length"),
+        (("explain", "--key-heads", "5"), "--key-heads"),
+        (("explain", "--attention", "hierarchical", "--block", "0"), "block"),
         (("bench", "--window", "0"), "window"),
+        (("bench", "--repeats", "0"), "--repeats"),
+        (("prepare", "FILE", "--output", "x", "--encoding", "hex"), "hex"),
+        (("prepare", "FILE", "--output", "x", "--max-bytes", "0"), "max_bytes"),
+        (("prepare", "nowhere", "--output", "x/y"), "nowhere"),
+        (("eval", "--model", "MODEL", "--file", "FILE", "--max-bytes", "-5"), "--max-bytes"),
+        (("eval", "--model", "MODEL", "--file", "FILE", "--max-bytes", "1"), "two tokens"),
+        (("eval", "--model", "MODEL", "--file", "FILE", "--cache-out", "x/cache"), "--cache-out"),
+        (("generate", "--model", "MODEL", "--prompt", "x", "--cache-out", "x/cache"), "--cache-out"),
+        (("generate", "--model", "MODEL", "--prompt", "x", "--output", "x/text"), "--output"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(trained, longnet, tmp_path, monkeypatch, arguments, part):
@@ -269,8 +278,21 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, longnet, tmp_path, monke
     lines = [line for line in error.splitlines() if line.startswith("longnet: ")]
     assert len(lines) == 1, error
     assert part in lines[0]
-    assert "Traceback" not in error + out
+    assert "Traceback" not in error
+    assert not out  # before any work
     assert not (tmp_path / "x").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error(monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as left:
+        monkeypatch.setattr(sys, "stdout", left)
+        monkeypatch.setattr(sys, "argv", ["longnet", "doctor"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 141  # what a shell reports of a program that SIGPIPE ended
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import sys
 import pytest
 import yaml
 
-from longnet import LongNetConfig, LongNetForCausalLM
+from longnet import LongNetConfig, LongNetForCausalLM, LongNetForSequenceClassification
 from longnet.integrations import byte_tokenizer
+from longnet.model.folder import load_whole
 
 LOAD = "m = AutoModelForCausalLM.from_pretrained({folder!r}{options}); t = AutoTokenizer.from_pretrained({folder!r})\n"
 CHECK = "assert type(m).__name__ == 'LongNetForCausalLM' and t('é').input_ids == [199, 173]"
@@ -69,3 +70,19 @@ def test_a_card_that_somebody_wrote_is_kept(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LongNetForCausalLM(LongNetConfig(**sizes)).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_folder_of_another_model_is_not_filled_with_random_numbers(folder, tmp_path):
+    assert load_whole(LongNetForCausalLM, folder).config.vocab_size == 260
+    config = LongNetConfig.from_pretrained(folder, num_labels=3)
+    LongNetForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match=r"LongNetForSequenceClassification.*classifier\.bias"):
+        load_whole(LongNetForCausalLM, tmp_path / "classifier")
+    with pytest.raises(ValueError, match=r"weights of a LongNetForSequenceClassification.*classifier\.bias"):
+        load_whole(LongNetForSequenceClassification, folder)
+    foreign = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(foreign))
+    with pytest.raises(ValueError, match="'llama'"):
+        load_whole(LongNetForCausalLM, tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_whole(LongNetForCausalLM, tmp_path / "nowhere")

@@ -1,5 +1,7 @@
 """Models with hierarchical layers: train, stream exactly, keep bounded memory, survive on disk."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -90,8 +92,10 @@ def test_a_snapshot_continues_bit_for_bit(tmp_path, tree):
         network(ids[:, :77], past_key_values=cache, use_cache=True)
         cache.save(tmp_path / "cache.safetensors")
         again = LongNetCache.load(tmp_path / "cache.safetensors", network.config)
-        ends = [network(ids[:, 77:], past_key_values=c, use_cache=True).logits for c in (cache, again)]
-    assert torch.equal(*ends)
+        sent = pickle.loads(pickle.dumps(cache))  # to another process
+        ends = [network(ids[:, 77:], past_key_values=c, use_cache=True).logits for c in (cache, again, sent)]
+    assert torch.equal(*ends[:2])
+    assert torch.equal(*ends[1:])
     with pytest.raises(ValueError, match="configuration"):
         LongNetCache.load(tmp_path / "cache.safetensors", model(TREE | {"top_k": 1}).config)
 

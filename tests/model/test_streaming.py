@@ -100,7 +100,7 @@ torch.save(results, folder / "results.pt")
 def test_snapshots_at_any_token_continue_bit_for_bit_in_a_new_process(tmp_path, request):
     model, ids = make("uneven"), ids_of(1, 300)
     generator, expected = random.Random(2), {}
-    ats = [0, 1, 6, 7, 8, 29, 30, 31, 99, 100, 101, *(generator.randint(2, 230) for _ in range(9))]
+    ats = [0, 1, 6, 7, 8, 29, 30, 31, 99, 100, 101, *(generator.randint(2, 230) for _ in range(3))]
     for at in sorted(set(ats)):
         cache = LongNetCache(model.config, 1)
         for chunk in ids[:, :at].split(max(1, at // 3), dim=1) if at else ():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import longnet.model.transformer as transformer
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetModel
@@ -98,6 +98,10 @@ def test_lengths_equal_a_right_padded_mask(model):
     [
         ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "hole"),
         ({"attention_mask": torch.ones(1, 4, 4)}, "N x N"),
+        ({"attention_mask": torch.ones(2, 4)}, r"\(1, N >= 4\)"),
+        ({"input_ids": torch.arange(4)}, r"input_ids\[None\]"),
+        ({"input_ids": torch.ones(1, 4)}, "int64"),
+        ({"past_key_values": DynamicCache(), "use_cache": True}, "DynamicCache"),
         ({"attention_mask": torch.ones(1, 4), "lengths": torch.tensor([4])}, "at most one"),
         ({"inputs_embeds": torch.zeros(1, 4, 32)}, "exactly one"),
         ({"position_ids": torch.arange(4)[None]}, "position_ids"),
@@ -107,7 +111,7 @@ def test_lengths_equal_a_right_padded_mask(model):
 )
 def test_bad_input_is_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
-        model(input_ids=ids_of(1, 4), **arguments)
+        model(**({"input_ids": ids_of(1, 4)} | arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

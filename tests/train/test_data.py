@@ -128,13 +128,14 @@ def test_bad_lines_are_named_with_line_and_offset(tmp_path):
         b'{"text": "a\\u0000"}',
         b"[]",
         b'{"text": "ok"}',
+        b'{"text": "one", "text": "two"}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     report = prepare([tmp_path], tmp_path / "data")
     assert report.documents == 2
     places = [message.split(": ")[0].removeprefix(str(tmp_path)) for message in report.bad]
     offsets = np.cumsum([0] + [len(line) + 1 for line in lines])
-    assert places == [f"/a.jsonl:{i + 1} (byte {offsets[i]})" for i in (1, 2, 4, 5)]
+    assert places == [f"/a.jsonl:{i + 1} (byte {offsets[i]})" for i in (1, 2, 4, 5, 7)]
     assert "offset 10" in report.bad[1]
 
 

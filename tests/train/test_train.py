@@ -1,5 +1,6 @@
 """Training as a user relies on it: losses fall, a stopped run continues bit for bit, damage is noticed."""
 
+import hashlib
 import json
 import os
 import random
@@ -188,8 +189,12 @@ def test_every_flipped_bit_is_noticed_and_the_older_checkpoint_is_found(tmp_path
         file.write_bytes(
             data[:place] + bytes([data[place] ^ (1 << generator.randrange(8))]) + data[place + 1 :]
         )
-        with pytest.raises(checkpoint.CheckpointCorrupt):
+        with pytest.raises(checkpoint.CheckpointCorrupt) as error:
             checkpoint.load(path)
+        message = str(error.value)
+        assert message.startswith(str(file))
+        assert "expected" in message
+        assert file.name == "manifest.json" or hashlib.sha256(data).hexdigest() in message
         file.write_bytes(data)
     file.write_bytes(data[:-1])
     found, skipped = checkpoint.newest(tmp_path)
@@ -274,6 +279,13 @@ sys.exit(3)
     assert result.returncode == 0, result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     save_step(tmp_path, 2)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(checkpoint.CheckpointWriteError, match=r"file.*step-00000001.*bytes of tensors"):
+        save_step(tmp_path / "file", 1)
+    assert (tmp_path / "file").read_text() == "no folder"
 
 
 def test_only_damaged_checkpoints_stop_a_run_rather_than_restart_it(config):

@@ -165,6 +165,8 @@ def _check(
             f"expected as many queries as keys (causal: at most as many, the last tokens); got {q.shape[1]} queries, "
             f"{k.shape[1]} keys, causal={causal}"
         )
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected True or False; got {causal!r}")
     if not isinstance(start, int | torch.SymInt) or start < 0:
         raise ValueError(f"start: expected an integer position >= 0; got {start!r}")
     if impl is not None and impl not in IMPLS:

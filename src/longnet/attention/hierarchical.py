@@ -198,5 +198,7 @@ def _check(q, k, v, pattern, causal, prior_query, level_bias, router_mix, rotary
         raise ValueError(
             f"lengths: expected {batch} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}"
         )
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected True or False; got {causal!r}")
     if impl not in (None, "triton", "torch", "reference"):
         raise ValueError(f"impl: expected None, 'triton', 'torch' or 'reference'; got {impl!r}")

@@ -197,6 +197,9 @@ def _unit_stride(x: Tensor) -> Tensor:
 def attend(qkv: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Library attention of (X, heads, rows, D) views -> out (X, heads, rows, D), lse (X, heads, rows)."""
     q, k, v = qkv
+    if scale <= 0:
+        # Libraries scale what they have masked with -inf: times 0 that is NaN, times less +inf.
+        return attend((q * _sign(scale), k, v), causal, abs(scale) or 1.0)
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(
             q,
@@ -221,6 +224,10 @@ def attend(qkv: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor,
 def attend_backward(views: tuple[Tensor, ...], lse: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
     """Library backward with the given out and lse; dk and dv have one head per query head, or the heads of k."""
     dout, q, out, k, v = views
+    if scale <= 0:
+        turned = (dout, q * _sign(scale), out, k, v)
+        dq, dk, dv = attend_backward(turned, lse, causal, abs(scale) or 1.0)
+        return dq * _sign(scale), dk, dv
     if not q.is_cuda:
         k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -253,6 +260,11 @@ def attend_backward(views: tuple[Tensor, ...], lse: Tensor, causal: bool, scale:
         scale=scale,
     )
     return tuple(g.transpose(1, 2) for g in grads)
+
+
+def _sign(scale: float) -> float:
+    """scale q = (abs(scale) or 1) (_sign(scale) q) for a scale that is not positive."""
+    return -1.0 if scale < 0 else 0.0
 
 
 def _cudnn_takes(q: Tensor, k: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import tyro
@@ -46,6 +48,11 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="longnet", description=longnet.__doc__, args=arguments, registry=registry
         )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has left, as `head` does. What is still in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError, NonFiniteLoss, FloatingPointError, SafetensorError) as error:
         print(f"longnet: {error}", file=sys.stderr)
         sys.exit(2)

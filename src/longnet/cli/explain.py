@@ -62,6 +62,10 @@ def explain(
     if model is not None and text is not None:
         explain_text(model, text, position, layer, head, plot)
         return
+    if min(heads, key_heads, head_width) < 1 or heads % key_heads:
+        raise ValueError(
+            f"expected --heads, a multiple of --key-heads, and --head-width of at least 1; got {heads}, {key_heads}, {head_width}"
+        )
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     dense = heads * tokens * (tokens + 1) // 2
     if attention == "dilated":
@@ -76,7 +80,7 @@ def explain(
         picture = dilated_picture(dilated, tokens, heads)
     else:
         tree = HierarchicalPattern(
-            block=block, radix=radix, window_blocks=max(1, window // block), top_k=top_k
+            block=block, radix=radix, window_blocks=max(1, window // max(1, block)), top_k=top_k
         )
         levels = [
             f"{n} nodes of {tree.node_tokens(i)} tokens" for i, n in enumerate(tree.node_counts(tokens))

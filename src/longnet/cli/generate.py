@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longnet.cli.models import load_model
+from longnet.cli.models import check_place, load_model
 from longnet.generate import GenerationOutput
 from longnet.generate import generate as generate_ids
 from longnet.model import LongNetCache, LongNetForCausalLM
@@ -71,6 +71,8 @@ def generate(
         if min_new_tokens:
             raise ValueError("expected --target-length or --min-new-tokens; got both")
         max_new_tokens = min_new_tokens = target_length
+    check_place("--output", output)
+    check_place("--cache-out", cache_out)
     network, tokenizer = load_model(model)
     ids = tokenizer.encode(_bytes_of(prompt, prompt_file)).astype(np.int64)
     cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None

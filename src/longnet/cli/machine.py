@@ -45,6 +45,8 @@ def bench(
         window: Shortest segment; segments and rates double from there.
         repeats: Timed runs after two warm-up runs.
     """
+    if repeats < 1:
+        raise ValueError(f"--repeats: expected at least 1; got {repeats}")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     q, k, v = (torch.randn(1, tokens, heads, head_width, device=device, dtype=dtype) for _ in range(3))
     pattern = DilatedPattern.geometric(tokens, window)

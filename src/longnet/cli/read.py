@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from longnet.cli.models import load_model
+from longnet.cli.models import check_place, load_model
 from longnet.integrations.tokenizer import BYTES
 from longnet.model import LongNetCache, LongNetForCausalLM
 from longnet.text import Tokenizer
@@ -54,6 +54,9 @@ def evaluate(
         raise ValueError(
             "expected --cache-in, --cache-out and --max-seconds without --window: windows are read from nothing"
         )
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"--max-bytes: expected at least 1; got {max_bytes}")
+    check_place("--cache-out", cache_out)
     if not file.exists():
         raise ValueError(
             f"file: expected a text, or a directory made by `longnet prepare`; got {file}, which does not exist"
@@ -65,7 +68,7 @@ def evaluate(
         done = cache.host_positions[0] if cache else 0
         if len(ids) - done < 2:
             raise ValueError(
-                f"expected more than the {done} tokens that {cache_in} has read; got a file of {len(ids)}"
+                f"file: expected at least two tokens beyond the {done} that --cache-in has read; got {len(ids)} in {file}"
             )
         if cache is None:
             cache = LongNetCache(network.config, 1, network.device, network.dtype)

@@ -228,7 +228,7 @@ class TorchscaleLongNet(nn.Module):
         x: Any = inputs_embeds if input_ids is None else input_ids
         self._warn_of_shifts(x.shape[1])
         first = lengths = None
-        if attention_mask is not None and (span := mask_to_span(attention_mask, x.shape[1])):
+        if attention_mask is not None and (span := mask_to_span(attention_mask, *x.shape[:2])):
             first, lengths = span
             x = roll_rows(x, first)
         states = self._states(self._embed(x, past_key_values), lengths, past_key_values, return_all_hiddens)

@@ -57,7 +57,7 @@ class Visible:
                     f" {tuple(self.padding.shape)}"
                 )
             columns = self.padding[:, begin : self.seen]
-            self._spans[name] = mask_to_span(columns, columns.shape[1])
+            self._spans[name] = mask_to_span(columns, *columns.shape)
         return self._spans[name]
 
 

@@ -1,9 +1,10 @@
-"""What a saved model's folder holds besides weights: a stub for people without `import longnet`, and a model card."""
+"""Folders of saved models: a stub for people without `import longnet`, a model card, and opening one of the right kind."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longnet.model.transformer import LongNetPreTrainedModel
@@ -77,3 +78,28 @@ Without `import longnet`, pass `trust_remote_code=True`: the folder carries a st
 
 Training data, evaluation and intended use: to be written by whoever trained it.
 """
+
+
+def load_whole(model: type[LongNetPreTrainedModel], path: Path, **options: Any) -> Any:
+    """As `from_pretrained`, which fills what a folder lacks with random numbers: here that is an error.
+
+    Raises:
+        ValueError: no folder of a LongNet, or one of another head.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}"
+        )
+    config = json.loads(file.read_text())
+    if not isinstance(config, dict) or config.get("model_type") != "longnet":
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{file}: expected model_type 'longnet'; got {found!r}")
+    options |= {"use_safetensors": True, "output_loading_info": True}  # never a pickle
+    loaded, report = model.from_pretrained(path, **options)  # pyrefly: ignore - a pair, because of the last option
+    faults = {name: sorted(map(str, report[name]))[:3] for name in report if report[name]}
+    if faults:
+        raise ValueError(
+            f"model: expected the weights of a {model.__name__}; got {config.get('architectures')} in {path}: {faults}"
+        )
+    return loaded

@@ -49,7 +49,7 @@ class _Reader(LongNetPreTrainedModel):
         """(inputs with every row at the left edge, lengths (B,) or None, first (B,) or None)."""
         self.model._check_inputs(input_ids, inputs_embeds, attention_mask, lengths, kwargs)
         inputs: Any = inputs_embeds if input_ids is None else input_ids
-        if attention_mask is None or (span := mask_to_span(attention_mask, inputs.shape[1])) is None:
+        if attention_mask is None or (span := mask_to_span(attention_mask, *inputs.shape[:2])) is None:
             return inputs, lengths, None
         return roll_rows(inputs, span[0]), span[1], span[0]
 

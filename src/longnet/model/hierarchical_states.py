@@ -27,9 +27,12 @@ class HierarchicalStates:
         dtype: torch.dtype,
         device: Any,
     ) -> None:
-        self._make = lambda device=device: HierarchicalState(pattern, key_heads, width, dtype, device)
-        self.states = [self._make() for _ in range(batch)]
+        self._kind = (pattern, key_heads, width, dtype)
         self.tail = torch.zeros(batch, TAIL, key_heads, width, dtype=dtype, device=device)
+        self.states = [self._make() for _ in range(batch)]
+
+    def _make(self) -> HierarchicalState:
+        return HierarchicalState(*self._kind, self.tail.device)
 
     def attend(self, step: Step, parameters: Parameters, prior_query: Tensor, lengths: list[int]) -> Tensor:
         """(B, n, H, D): the next lengths[b] tokens of every sequence; outputs of padding are 0."""
@@ -65,7 +68,7 @@ class HierarchicalStates:
     def select(self, indices: list[int]) -> HierarchicalStates:
         """The sequences `indices`, in this order, each independent of the others."""
         chosen = object.__new__(HierarchicalStates)
-        chosen._make = self._make
+        chosen._kind = self._kind
         chosen.states = [self.states[b].copy() for b in indices]
         chosen.tail = self.tail[indices]
         return chosen
@@ -82,9 +85,8 @@ class HierarchicalStates:
     def to(self, device: torch.device | str, positions: list[int]) -> HierarchicalStates:
         """A copy on another device; `positions`: tokens that every sequence has read."""
         moved = object.__new__(HierarchicalStates)
-        moved._make = lambda device=device: self._make(device)
+        moved._kind, moved.tail = self._kind, self.tail.to(device)
         moved.states = [moved._make() for _ in self.states]
-        moved.tail = self.tail.to(device)
         moved.load({name: x.clone() for name, x in self.tensors().items()}, positions)
         return moved
 

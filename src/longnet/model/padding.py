@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mask_to_span(attention_mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+def mask_to_span(attention_mask: Tensor, batch: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
     """First token and number of tokens of every row of a 0/1 mask; None where nothing is masked.
 
     With a cache, Hugging Face passes the mask of everything ever read: only the last `num_tokens`
@@ -16,9 +16,9 @@ def mask_to_span(attention_mask: Tensor, num_tokens: int) -> tuple[Tensor, Tenso
     Returns:
         (first (B,), lengths (B,)) int64, or None.
     """
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < num_tokens:
+    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < num_tokens:
         raise ValueError(
-            f"expected attention_mask (B, N >= {num_tokens}) of 0 and 1; got shape"
+            f"expected attention_mask ({batch}, N >= {num_tokens}) of 0 and 1; got shape"
             f" {tuple(attention_mask.shape)}; LongNet takes no N x N masks"
         )
     mask = attention_mask[:, attention_mask.shape[1] - num_tokens :].bool()

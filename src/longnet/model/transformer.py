@@ -117,7 +117,7 @@ class LongNetModel(LongNetPreTrainedModel):
         cache = _one_of(past_key_values, cache)
         x: Any = inputs_embeds if input_ids is None else input_ids
         first = None
-        if attention_mask is not None and (span := mask_to_span(attention_mask, x.shape[1])):
+        if attention_mask is not None and (span := mask_to_span(attention_mask, *x.shape[:2])):
             first, lengths = span
             x = roll_rows(x, first)
         hidden = x if input_ids is None else self.embed_tokens(x)
@@ -173,7 +173,11 @@ class LongNetModel(LongNetPreTrainedModel):
         if start:
             raise ValueError(f"expected start = 0 with a cache, which knows its position; got {start}")
         if cache is None:
-            cache = LongNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
+            return LongNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
+        if not isinstance(cache, LongNetCache) and not getattr(cache, "differentiable", False):
+            raise ValueError(
+                f"past_key_values: expected a LongNetCache; got {type(cache).__name__}; use_cache=True makes one"
+            )
         return cache
 
     @staticmethod
@@ -186,6 +190,9 @@ class LongNetModel(LongNetPreTrainedModel):
     ) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+            found = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            raise ValueError(f"input_ids: expected int64 (B, N); got {found}; one text is input_ids[None]")
         if attention_mask is not None and lengths is not None:
             raise ValueError("expected at most one of attention_mask and lengths")
         for name in ("position_ids", "cu_seq_lens_q", "seq_idx"):

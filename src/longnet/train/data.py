@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
@@ -75,11 +74,16 @@ def prepare(
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction: expected a number in [0, 1); got {validation_fraction}")
     try:
-        codecs.lookup(encoding)
+        "x".encode(encoding)  # a codec may be known and yet not be one of text
     except LookupError as error:
         raise ValueError(
             f'encoding: expected one that Python knows, such as "latin-1"; got {encoding!r}'
         ) from error
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes: expected None or at least 1; got {max_bytes}")
+    for path in inputs:
+        if not path.exists():
+            raise ValueError(f"expected an existing file or folder; got {path}")
     report = PreparationReport()
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
@@ -151,8 +155,6 @@ def _write_split(folder: Path, offsets: list[int], held_out: list[bool], tokeniz
 
 def _files(inputs: list[Path], suffixes: tuple[str, ...], report: PreparationReport) -> Iterator[Path]:
     for path in inputs:
-        if not path.exists():
-            raise ValueError(f"expected an existing file or folder; got {path}")
         if not path.is_dir():
             yield path
             continue
@@ -189,7 +191,9 @@ def _documents(
                 continue
             try:
                 text = part.decode(encoding)
-                document = json.loads(text)["text"].encode() if lines else text.encode()
+                document = (
+                    json.loads(text, object_pairs_hook=_once)["text"].encode() if lines else text.encode()
+                )
             except UnicodeDecodeError as error:
                 where = (
                     f"not {encoding}: byte {part[error.start]:#04x} at offset {error.start} ({error.reason})"
@@ -210,6 +214,14 @@ def _documents(
                 yield document, ids
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would keep the last of two values, and lose a text without a word."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"a name that comes twice among {[name for name, _ in pairs]}")
+    return record
+
+
 def _binary(document: bytes) -> str | None:
     zero = document.find(b"\0")
     return f"binary: a zero byte at offset {zero}" if zero >= 0 else None
@@ -218,7 +230,8 @@ def _binary(document: bytes) -> str | None:
 def _gunzip(data: bytes) -> bytes:
     """All members of a gzip file; ValueError with the offset where it breaks or ends too early."""
     out, at = bytearray(), 0
-    while at < len(data) and data[at:].strip(b"\0"):
+    end = len(data.rstrip(b"\0"))  # what may follow the last member
+    while at < end:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
             if at >= len(data):
