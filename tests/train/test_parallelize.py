@@ -157,7 +157,10 @@ def test_hierarchical_layers_that_cannot_be_spread_are_refused_before_any_rank_t
     for change, message in (
         ({"sequence_length": 12}, "at least one leaf block of 4 tokens a rank; got 12 over 4 ranks"),
         ({"model": {**HIERARCHICAL, "attention_impl": "reference"}}, "attention_impl: expected None"),
-        ({"sequence_strategy": "chunked"}, "expected 0, 0, False, 'whole' or 'auto' and 'causal' with 4 ranks"),
+        (
+            {"sequence_strategy": "chunked"},
+            "expected 0, 0, False, 'whole' or 'auto' and 'causal' with 4 ranks",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             check_config(dataclasses.replace(config, **change))
