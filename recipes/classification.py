@@ -125,7 +125,7 @@ def neural(
     train, validation, test = (Split(s.texts[:most], s.labels[:most]) for s in splits.values())
     config = ClassifyConfig(
         **settings(row, seed, minutes, args), max_bytes=row.bytes, class_weights="balanced",
-        batch_tokens=8192 if args.reduced else 131072 if row.bytes is None else 32768,
+        batch_tokens=8192 if args.reduced else 65536 if row.bytes is None else 32768,
     )  # fmt: skip
     gold = [[[y] for y in split.labels] for split in (train, validation)]
     classifier, summary, report = fit_classifier(

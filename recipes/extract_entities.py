@@ -81,7 +81,7 @@ def neural(
     most = WARM_DOCUMENTS if minutes is None else None
     train, validation, test = (cut(texts[:most], gold[:most], row.bytes) for texts, gold in splits.values())
     config = ExtractConfig(
-        **settings(row, seed, minutes, args), batch_tokens=16384 if args.reduced else 65536
+        **settings(row, seed, minutes, args), batch_tokens=16384 if args.reduced else 32768
     )
     extractor, summary, report = fit_extractor(config, *train, *validation, log(config, row.name))
     found = extractor.extract(test[0])

@@ -49,20 +49,15 @@ def finished(output: Path, task: str, row: str, seed: int | None = None) -> bool
 
 
 def record(output: Path, task: str, row: str, run: dict[str, Any]) -> None:
-    """Put one run into the JSON file (a run of the same row and seed is replaced) and write the tables beside it as .md."""
+    """Put one run into the JSON file; a run of the same row and seed is replaced."""
     results = load(output)
     runs = results.setdefault(task, {}).setdefault(row, [])
     runs[:] = [r for r in runs if r.get("seed") != run.get("seed")] + [run]
-    _replace(output, json.dumps(results, indent=1))
-    _replace(output.with_suffix(".md"), report(results))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    part.write_text(json.dumps(results, indent=1))
+    os.replace(part, output)
     print(task, "|", row, "|", json.dumps(run), flush=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def by_length(

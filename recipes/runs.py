@@ -54,9 +54,7 @@ def parser(description: str | None, rows: Sequence[str]) -> argparse.ArgumentPar
     """Options of a recipe that compares `rows` (keys of ROWS)."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, help="folder with the set's .jsonl.gz")
-    p.add_argument(
-        "--output", type=Path, required=True, help="results are added to this JSON file; a .md is beside it"
-    )
+    p.add_argument("--output", type=Path, required=True, help="results are added to this JSON file")
     p.add_argument(
         "--minutes",
         type=float,

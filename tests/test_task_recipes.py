@@ -41,7 +41,7 @@ def test_tables_say_what_the_runs_say(tmp_path):
         results.record(output, "T", "LongNet, first 4,096 bytes", run(seed, cut, (cut, cut), bytes=4096))
     assert results.finished(output, "T", results.WHOLE, 1)
     assert not results.finished(output, "T", results.WHOLE, 2)
-    text = output.with_suffix(".md").read_text()
+    text = results.report(results.load(output))
     assert f"| {results.WHOLE} | 70.0 ± 14.1 | 2 |" in text
     assert "| F1 | > 4,096 bytes (2 documents) |" in text  # all are longer than 512
     assert (
@@ -49,7 +49,7 @@ def test_tables_say_what_the_runs_say(tmp_path):
         in text
     )
     results.record(output, "T", results.WHOLE, run(1, 0.6, (0.6, 0.6), bytes=None))
-    assert f"| {results.WHOLE} | 60.0 ± 0.0 | 2 |" in output.with_suffix(".md").read_text()
+    assert f"| {results.WHOLE} | 60.0 ± 0.0 | 2 |" in results.report(results.load(output))
 
 
 def test_slices_hold_the_documents_longer_than_their_border():
