@@ -56,7 +56,6 @@ def compare(task: str, splits: dict[str, Split], args: argparse.Namespace) -> No
                 (t, y) for t, y, k in zip(splits[name].texts, splits[name].labels, known, strict=True) if k
             ]
             splits[name] = Split([t for t, _ in kept], [y for _, y in kept])
-    baselines(task, splits, labels, args)
     if not args.baselines_only:
         run_rows(
             task,
@@ -64,6 +63,7 @@ def compare(task: str, splits: dict[str, Split], args: argparse.Namespace) -> No
             args,
             lambda row, seed, minutes: neural(splits, labels, args, row, seed, minutes),
         )
+    baselines(task, splits, labels, args)  # last: no GPU waits for them
 
 
 def score(gold: list[str], predicted: list[str], labels: list[str]) -> dict[str, float]:

@@ -288,14 +288,14 @@ def main() -> None:
     print(task, "documents and relations:", sizes, "Python", sys.version.split()[0], flush=True)
     known = facts(splits["train"].texts, splits["train"].gold)
     print(f"{task}: read after {time.perf_counter() - began:.1f} s", flush=True)
+    if not args.baselines_only:
+        run_rows(task, len(splits["test"].texts), args, Comparison(splits, known, args).train)
     first = "regular expressions" if args.task == "ast" else "dictionary"
     baseline = f"{first} and co-occurrence"
     if not finished(args.output, task, baseline):
         figures = counted(args.task, splits, known)
         facts_of_run = {"documents": len(splits["test"].texts), "machine": machine(torch.device("cpu"))}
         record(args.output, task, baseline, {**figures, **facts_of_run})
-    if not args.baselines_only:
-        run_rows(task, len(splits["test"].texts), args, Comparison(splits, known, args).train)
 
 
 if __name__ == "__main__":
