@@ -1,9 +1,10 @@
 """Type or status of Python Enhancement Proposals, read whole: python recipes/classify_peps.py --data DIR --output R.json"""
 
-from classification import Split, compare, parser, read_lines
+from classification import COMPARED, Split, compare, read_lines
+from runs import parser
 
 if __name__ == "__main__":
-    options = parser(__doc__)
+    options = parser(__doc__, COMPARED)
     options.add_argument("--field", choices=("type", "status"), default="type")
     args = options.parse_args()
     splits = {}

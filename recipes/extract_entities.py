@@ -1,44 +1,41 @@
-"""Entities of LitBank or SciREX documents, read whole, against windows, a truncated reader and a dictionary.
+"""Entities of LitBank, read whole, against windows, a truncated reader and a dictionary.
 
-    python recipes/extract_entities.py --task litbank --data DIR --output R.json
+    python recipes/extract_entities.py --data DIR --output R.json
 
-"windows of 512": the same model whose attention ends at 512 bytes, which is what reading 512-byte windows one by one is.
-"first 4,096 bytes": entities behind them are missed. "dictionary": every training entity's text, with its likeliest label,
+"windows of 512 bytes": the same model whose attention ends at 512 bytes, which is what reading 512-byte windows one by one is.
+"first N bytes": entities behind them are missed. "dictionary": every training entity's text, with its likeliest label,
 wherever it stands as whole words; an entry is kept if it was an entity in at least half of its training occurrences.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import re
 import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+from classification import read_lines
+from runs import WARM_DOCUMENTS, Row, log, machine, parser, run_rows, settings, summary_of
+
 from longnet.tasks.annotations import Span
 from longnet.tasks.extraction import ExtractConfig, fit_extractor
 from longnet.tasks.metrics import set_f1
-from results import record
+from results import by_length, finished, record
 
-PATTERN = {"segment_lengths": [512, 4096, 32768], "dilation_rates": [1, 8, 64]}
-# name: (pattern, bytes read, share of the time)
-RUNS = {
-    "LongNet, whole documents": (PATTERN, None, 1.0),
-    "LongNet, windows of 512 bytes": ({"segment_lengths": [512], "dilation_rates": [1]}, None, 1.0),
-    "LongNet, first 4,096 bytes": (PATTERN, 4096, 0.5),
-}
+TASK, BASELINE = "LitBank entities", "dictionary"
+COMPARED = ("whole", "windows", "4096", "512", "scratch")
+Split = tuple[list[str], list[list[Span]]]
 
 
-def read(path: Path) -> tuple[list[str], list[list[Span]]]:
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        records = [json.loads(line) for line in stream]
+def read(path: Path) -> Split:
+    records = read_lines(path)
     spans = [[(e["start"], e["end"], e["label"]) for e in r["entities"]] for r in records]
     return [r["text"] for r in records], spans
 
 
-def cut(texts: list[str], gold: list[list[Span]], most: int | None) -> tuple[list[str], list[list[Span]]]:
+def cut(texts: list[str], gold: list[list[Span]], most: int | None) -> Split:
     """The first `most` bytes of every text (whole characters), with the spans that end there."""
     if most is None:
         return texts, gold
@@ -46,7 +43,7 @@ def cut(texts: list[str], gold: list[list[Span]], most: int | None) -> tuple[lis
     return short, [[s for s in spans if s[1] <= len(t)] for t, spans in zip(short, gold, strict=True)]
 
 
-def dictionary(train: tuple[list[str], list[list[Span]]], texts: list[str]) -> list[list[Span]]:
+def dictionary(train: Split, texts: list[str]) -> list[list[Span]]:
     counts: dict[str, Counter[str]] = {}
     for text, spans in zip(*train, strict=True):
         for start, end, label in spans:
@@ -68,56 +65,50 @@ def dictionary(train: tuple[list[str], list[list[Span]]], texts: list[str]) -> l
     return [[(s, e, kept[t[s:e]]) for s, e in occurrences(t) if t[s:e] in kept] for t in texts]
 
 
+def test_scores(test: Split, found: list[list[Span]]) -> dict:
+    """Of all test documents, and of the long ones."""
+    texts, gold = test
+
+    def f1(own: list[int]) -> dict[str, float]:
+        return {"f1": set_f1([gold[i] for i in own], [found[i] for i in own])["f1"]}
+
+    return {**set_f1(gold, found), "longer_than": by_length(texts, f1)}
+
+
+def neural(
+    splits: dict[str, Split], args: argparse.Namespace, row: Row, seed: int, minutes: float | None
+) -> dict | None:
+    most = WARM_DOCUMENTS if minutes is None else None
+    train, validation, test = (cut(texts[:most], gold[:most], row.bytes) for texts, gold in splits.values())
+    config = ExtractConfig(
+        **settings(row, seed, minutes, args), batch_tokens=16384 if args.reduced else 32768
+    )
+    extractor, summary, report = fit_extractor(config, *train, *validation, log(config, row.name))
+    found = extractor.extract(test[0])
+    if minutes is None:
+        return None
+    extra = {**summary_of(summary), "validation_f1": report["f1"]}
+    return {**test_scores(splits["test"], found), **extra}
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--task", choices=("litbank", "scirex"), required=True, help="names the rows of the results"
-    )
-    p.add_argument(
-        "--data", type=Path, required=True, help="folder with train, validation and test .jsonl.gz"
-    )
-    p.add_argument("--budget-minutes", type=float, default=8.0, help="all runs together")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--reduced", action="store_true", help="a model and a corpus for two cores")
-    p.add_argument("--baselines-only", action="store_true", help="only the dictionary")
-    p.add_argument(
-        "--pretrained", type=Path, help="start from a `longnet train --objective mlm` model folder"
-    )
-    p.add_argument(
-        "--output", type=Path, required=True, help="results are added to this JSON file; a .md is beside it"
-    )
-    args = p.parse_args()
+    args = parser(__doc__, COMPARED).parse_args()
     splits = {name: read(args.data / f"{name}.jsonl.gz") for name in ("train", "validation", "test")}
     if args.reduced:
         splits = {name: (texts[:24], gold[:24]) for name, (texts, gold) in splits.items()}
-    started = time.perf_counter()
-    found = dictionary(splits["train"], splits["test"][0])
-    seconds = time.perf_counter() - started
-    record(args.output, args.task, "dictionary", {**set_f1(splits["test"][1], found), "seconds": seconds})
     if not args.baselines_only:
-        neural(splits, args)
-
-
-def neural(splits: dict, args: argparse.Namespace) -> None:
-    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128} if args.reduced else {}
-    unit = args.budget_minutes / (len(args.seeds) * sum(share for _, _, share in RUNS.values()))
-    for seed in args.seeds:
-        for name, (pattern, most, share) in RUNS.items():
-            config = ExtractConfig(
-                train=args.data, output=args.output, preset="tiny" if args.reduced else "mini", model={**pattern, **small},
-                seed=seed, epochs=300, patience=300, max_minutes=unit * share, device=args.device,
-                batch_tokens=16384 if args.reduced else 65536, pretrained=args.pretrained,
-            )  # fmt: skip
-            train, validation = (cut(*splits[part], most) for part in ("train", "validation"))
-            extractor, summary, report = fit_extractor(config, *train, *validation)
-            found = extractor.extract(cut(*splits["test"], most)[0])
-            figures = {
-                **set_f1(splits["test"][1], found),
-                "seconds": summary.seconds,
-                "epochs": summary.epochs,
-            }
-            record(args.output, args.task, name, {**figures, "validation_f1": report["f1"], "seed": seed})
+        run_rows(
+            TASK,
+            len(splits["test"][0]),
+            args,
+            lambda row, seed, minutes: neural(splits, args, row, seed, minutes),
+        )
+    if not finished(args.output, TASK, BASELINE):
+        started = time.perf_counter()
+        found = dictionary(splits["train"], splits["test"][0])
+        facts = {"documents": len(found), "machine": machine(torch.device("cpu"))}
+        figures = {**test_scores(splits["test"], found), "seconds": time.perf_counter() - started}
+        record(args.output, TASK, BASELINE, {**figures, **facts})
 
 
 if __name__ == "__main__":

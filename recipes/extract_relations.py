@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 import sysconfig
@@ -26,33 +25,39 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from extract_entities import PATTERN, dictionary
+import torch
+from extract_entities import dictionary
+from runs import WARM_DOCUMENTS, Row, log, machine, parser, run_rows, settings, summary_of
 
-from longnet.tasks.annotations import Annotation, Span, annotation_of, read_annotated
+from longnet.tasks.annotations import Annotation, Span, annotation_of, read_annotated, role_tuples
 from longnet.tasks.classification import held_out
 from longnet.tasks.convert import from_docred, from_python
 from longnet.tasks.documents import Document
 from longnet.tasks.extraction import ExtractConfig
-from longnet.tasks.joint import fit_knowledge
+from longnet.tasks.joint import Prepared, fit_knowledge, prepare
 from longnet.tasks.knowledge import named
 from longnet.tasks.mentions import normalise
-from longnet.tasks.scores import Scores, extraction_scores, facts
-from results import record
+from longnet.tasks.scores import Scores, aligned_tuples, extraction_scores, facts, tuple_scores
+from results import by_length, finished, record
 
-# name: (bytes read, share of the time, tokens of a batch on a GPU)
-RUNS = {
-    "LongNet, whole documents": (None, 6.0, 65536),
-    "LongNet, first 4,096 bytes": (4096, 1.5, 32768),
-    "LongNet, first 512 bytes": (512, 0.5, 8192),
-}
+COMPARED = ("whole", "4096", "512", "scratch")
+TASKS = {"scirex": "SciREX", "redocred": "Re-DocRED", "ast": "Python's standard library"}
+ROLES = ("Material", "Method", "Metric", "Task")
+Tuples = set[tuple[str, ...]]
 SMALLEST, LARGEST = 8_000, 200_000
 SKIPPED = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages"))
 
 
 @dataclass(frozen=True)
 class Split:
+    """tuples: SciREX's results as the set has them; None for other sets."""
+
     texts: list[str]
     gold: list[Annotation]
+    tuples: list[Tuples] | None = None
+
+    def first(self, count: int | None) -> Split:
+        return Split(self.texts[:count], self.gold[:count], self.tuples and self.tuples[:count])
 
     def cut(self, most: int | None) -> Split:
         """The first `most` bytes of every text (whole characters), with what lies in them."""
@@ -89,7 +94,8 @@ def load(task: str, data: Path | None) -> dict[str, Split]:
     splits = {}
     for name in ("train", "validation", "test"):
         documents, gold = read_annotated(data / f"{name}.jsonl.gz")
-        splits[name] = Split([d.text for d in documents], gold)
+        tuples = [{tuple(r[role] for role in ROLES) for r in d.fields["relations"]} for d in documents]
+        splits[name] = Split([d.text for d in documents], gold, tuples)
     return splits
 
 
@@ -187,90 +193,109 @@ def regular_expressions(texts: list[str]) -> list[list[Span]]:
     return spans
 
 
-def flat(scores: Scores) -> dict[str, float]:
-    return {
+def test_scores(test: Split, found: list[Annotation], related: list[Annotation], known: set) -> dict:
+    """F1 of everything, of all documents and of the long ones; for SciREX also of its tuples."""
+    scores = extraction_scores(test.texts, test.gold, found, related, known)
+
+    def some(own: list[int]) -> dict[str, float]:
+        parts = ([side[i] for i in own] for side in (test.texts, test.gold, found, related))
+        return {key: value["f1"] for key, value in extraction_scores(*parts).items() if key in MEASURES}
+
+    figures = {
         **{name: own["f1"] for name, own in scores.items()},
         "ignore_f1": scores["relations_of_gold_entities"]["ignore_f1"],
-        "scores": scores,  # pyrefly: ignore - precision and recall, for whoever reads the JSON
+        "longer_than": by_length(test.texts, some),
+    }
+    if test.tuples is not None:
+        more = n_ary(test.gold, test.tuples, found, related)
+        figures |= {key: own["f1"] for key, own in more.items()}
+        scores |= more
+    return {**figures, "scores": scores}
+
+
+MEASURES = ("spans", "relations", "relations_of_gold_entities")
+
+
+def n_ary(
+    gold: list[Annotation], tuples: list[Tuples], found: list[Annotation], related: list[Annotation]
+) -> Scores:
+    """SciREX's 4-tuples (without the score) and their projections to two roles, end to end and between gold entities."""
+    names = [a.clusters for a in gold]
+    ends = [aligned_tuples(g, f, ROLES) for g, f in zip(gold, found, strict=True)]
+    given = [role_tuples(a.relations, ROLES) for a in related]
+    return {
+        **tuple_scores(tuples, ends, names),
+        **{f"{key}_of_gold_entities": own for key, own in tuple_scores(tuples, given, names).items()},
     }
 
 
-def counted(task: str, splits: dict[str, Split], known: set) -> tuple[str, dict]:
+def counted(task: str, splits: dict[str, Split], known: set) -> dict:
     started = time.perf_counter()
     train, test = splits["train"], splits["test"]
     if task == "ast":
-        name, spans = "regular expressions and co-occurrence", regular_expressions(test.texts)
+        spans = regular_expressions(test.texts)
     else:
-        train_spans = [a.spans for a in train.gold]
-        name, spans = "dictionary and co-occurrence", dictionary((train.texts, train_spans), test.texts)
+        spans = dictionary((train.texts, [a.spans for a in train.gold]), test.texts)
     counts = Cooccurrence(train)
     entities = equal_strings(train, test.texts, spans)
     found = [counts.relate(t, a) for t, a in zip(test.texts, entities, strict=True)]
     related = [counts.relate(t, a) for t, a in zip(test.texts, test.gold, strict=True)]
-    figures = flat(extraction_scores(test.texts, test.gold, found, related, known))
-    return name, {**figures, "sentences": counts.sentences, "seconds": time.perf_counter() - started}
+    figures = test_scores(test, found, related, known)
+    return {**figures, "sentences": counts.sentences, "seconds": time.perf_counter() - started}
 
 
-def neural(splits: dict[str, Split], known: set, args: argparse.Namespace) -> None:
-    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128} if args.reduced else {}
-    longest = max(len(t.encode("utf-8", "surrogateescape")) for s in splits.values() for t in s.texts)
-    runs = {name: run for name, run in RUNS.items() if run[0] is None or run[0] < longest}
-    unit = args.budget_minutes / (len(args.seeds) * sum(share for _, share, _ in runs.values()))
-    for seed in args.seeds:
-        for name, (most, share, tokens) in runs.items():
-            config = ExtractConfig(
-                train=args.output, output=args.output, preset="tiny" if args.reduced else "mini", model={**PATTERN, **small},
-                seed=seed, epochs=300, patience=300, max_minutes=unit * share, device=args.device,
-                batch_tokens=min(tokens, 16384) if args.reduced or args.task == "redocred" else tokens,
-                pretrained=args.pretrained,
-            )  # fmt: skip
-            train, validation, test = (splits[part].cut(most) for part in ("train", "validation", "test"))
-            extractor, summary, report = fit_knowledge(
-                config, train.texts, train.gold, validation.texts, validation.gold,
-                lambda e, name=name, seed=seed: print(name, seed, json.dumps(e), flush=True),
-            )  # fmt: skip
-            found, related = extractor.read(test.texts), extractor.relate(test.texts, test.gold)
-            whole = splits["test"]
-            figures = flat(extraction_scores(whole.texts, whole.gold, found, related, known))
-            extra = {
-                "seconds": summary.seconds,
-                "epochs": summary.epochs,
-                "steps": summary.steps,
-                "seed": seed,
-            }
-            record(args.output, args.task, name, {**figures, **extra, "validation": report})
+class Comparison:
+    """Trains and tests the models of one task. Documents are prepared once for every truncation, not once a training."""
+
+    def __init__(self, splits: dict[str, Split], known: set, args: argparse.Namespace) -> None:
+        self.splits, self.known, self.args = splits, known, args
+        self.prepared: dict[tuple[int | None, bool], Prepared] = {}
+
+    def documents(self, row: Row, warm: bool) -> Prepared:
+        key = (row.bytes, warm)
+        if key not in self.prepared:
+            most = WARM_DOCUMENTS if warm else None
+            train, judged = (self.splits[part].first(most).cut(row.bytes) for part in ("train", "validation"))
+            self.prepared[key] = prepare(train.texts, train.gold, judged.texts, judged.gold)
+        return self.prepared[key]
+
+    def train(self, row: Row, seed: int, minutes: float | None) -> dict | None:
+        tokens = 65536 if row.bytes is None else 32768 if row.bytes == 4096 else 8192
+        config = ExtractConfig(
+            **settings(row, seed, minutes, self.args),
+            batch_tokens=min(tokens, 16384) if self.args.reduced or self.args.task == "redocred" else tokens,
+        )
+        prepared = self.documents(row, minutes is None)
+        extractor, summary, report = fit_knowledge(config, prepared, log(config, row.name))
+        whole = self.splits["test"].first(WARM_DOCUMENTS if minutes is None else None)
+        test = whole.cut(row.bytes)
+        found, related = extractor.read(test.texts), extractor.relate(test.texts, test.gold)
+        if minutes is None:
+            return None
+        figures = test_scores(whole, found, related, self.known)
+        return {**figures, **summary_of(summary), "validation": report}
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--task", choices=("scirex", "redocred", "ast"), required=True)
-    p.add_argument(
-        "--data",
-        type=Path,
-        help="folder with the set's .jsonl.gz; for `ast` of Python files (default: stdlib)",
-    )
-    p.add_argument("--budget-minutes", type=float, default=8.0, help="all trainings together")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--reduced", action="store_true", help="a model and a corpus for two cores")
-    p.add_argument("--baselines-only", action="store_true", help="only what counts")
-    p.add_argument(
-        "--pretrained", type=Path, help="start from a `longnet train --objective mlm` model folder"
-    )
-    p.add_argument(
-        "--output", type=Path, required=True, help="results are added to this JSON file; a .md is beside it"
-    )
+    p = parser(__doc__, COMPARED)
+    p.add_argument("--task", choices=tuple(TASKS), required=True)
     args = p.parse_args()
+    began, task = time.perf_counter(), TASKS[args.task]
     splits = load(args.task, args.data)
     if args.reduced:
-        splits = {name: Split(s.texts[:24], s.gold[:24]) for name, s in splits.items()}
+        splits = {name: s.first(24) for name, s in splits.items()}
     sizes = {name: (len(s.texts), sum(len(a.relations) for a in s.gold)) for name, s in splits.items()}
-    print(args.task, "documents and relations:", sizes, "Python", sys.version.split()[0], flush=True)
+    print(task, "documents and relations:", sizes, "Python", sys.version.split()[0], flush=True)
     known = facts(splits["train"].texts, splits["train"].gold)
-    name, run = counted(args.task, splits, known)
-    record(args.output, args.task, name, run)
+    print(f"{task}: read after {time.perf_counter() - began:.1f} s", flush=True)
     if not args.baselines_only:
-        neural(splits, known, args)
+        run_rows(task, len(splits["test"].texts), args, Comparison(splits, known, args).train)
+    first = "regular expressions" if args.task == "ast" else "dictionary"
+    baseline = f"{first} and co-occurrence"
+    if not finished(args.output, task, baseline):
+        figures = counted(args.task, splits, known)
+        facts_of_run = {"documents": len(splits["test"].texts), "machine": machine(torch.device("cpu"))}
+        record(args.output, task, baseline, {**figures, **facts_of_run})
 
 
 if __name__ == "__main__":

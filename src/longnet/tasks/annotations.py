@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -155,6 +155,29 @@ def _binary(document: Document, relation: Any, clusters: dict[str, list[int]]) -
     if "head" in names and "label" in relation:
         return [(names["head"], names["tail"], relation["label"])]
     return [(names[a], names[b], f"{a}-{b}") for a, b in combinations(names, 2)]
+
+
+def role_tuples(relations: Iterable[tuple[str, str, str]], roles: Sequence[str]) -> set[tuple[str, ...]]:
+    """The tuples (one entity a role, roles in alphabetical order) all of whose pairs are related: cliques.
+
+    It undoes what reading does to relations with roles; tuples that were not there can only arise where others hold each
+    of their pairs. On SciREX that is 2 of 1,059 in training and none in validation and test.
+
+    Example:
+        >>> sorted(role_tuples([("a", "b", "X-Y"), ("a", "c", "X-Z"), ("b", "c", "Y-Z"), ("a", "d", "X-Y")], "XYZ"))
+        [('a', 'b', 'c')]
+    """
+    related = set(relations)
+    found: set[tuple[str, ...]] = {(h, t) for h, t, label in related if label == f"{roles[0]}-{roles[1]}"}
+    for i, role in enumerate(roles[2:], 2):
+        names = {t for _, t, label in related if label == f"{roles[0]}-{role}"}
+        found = {
+            (*own, name)
+            for own in found
+            for name in names
+            if all((own[j], name, f"{roles[j]}-{role}") in related for j in range(i))
+        }
+    return found
 
 
 def record_of(document: Document, annotation: Annotation) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def train_extractor(
         )
     texts, other_texts = [d.text for d in documents], [d.text for d in others]
     if any(a.clusters for a in gold):
-        extractor, summary, report = fit_knowledge(config, texts, gold, other_texts, others_gold, on_event)
+        prepared = prepare(texts, gold, other_texts, others_gold)
+        extractor, summary, report = fit_knowledge(config, prepared, on_event)
     else:
         spans, other_spans = [a.spans for a in gold], [a.spans for a in others_gold]
         extractor, summary, report = fit_extractor(config, texts, spans, other_texts, other_spans, on_event)
@@ -81,24 +82,18 @@ def _where(items: list[Any], marks: list[bool], wanted: bool) -> list[Any]:
 
 def fit_knowledge(
     config: ExtractConfig,
-    texts: Sequence[str],
-    gold: Sequence[Annotation],
-    validation_texts: Sequence[str],
-    validation_gold: Sequence[Annotation],
+    prepared: Prepared,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> tuple[KnowledgeExtractor, FitSummary, dict[str, float]]:
-    """Train entities, clusters and relations jointly on texts in memory; writes nothing.
+    """Train entities, clusters and relations jointly; writes nothing.
 
     The loss is the sum of four: tags (per tag), antecedents (per mention of an entity), salience (per mention),
     relations (per relation). The best epoch has the largest mean of validation span F1, B3 F1 of gold mentions and
     relation F1 of gold entities.
     """
-    extractor = _new_extractor(config, texts, gold)
+    extractor = _new_extractor(config, prepared)
     device = next(extractor.model.parameters()).device
-    trained, judged = (
-        [Example.of(text, a, extractor) for text, a in zip(t, g, strict=True)]
-        for t, g in ((texts, gold), (validation_texts, validation_gold))
-    )
+    trained, judged = prepared.trained, prepared.judged
     generator = np.random.default_rng(config.seed)
     report: dict[str, float] = {}
 
@@ -128,19 +123,13 @@ def fit_knowledge(
     return extractor, summary, report
 
 
-def _new_extractor(
-    config: ExtractConfig, texts: Sequence[str], gold: Sequence[Annotation]
-) -> KnowledgeExtractor:
-    labels = sorted({label for a in gold for _, _, label in a.spans})
-    relation_labels = sorted({label for a in gold for _, _, label in a.relations})
-    allowed = sorted({(a.label(head), a.label(tail)) for a in gold for head, tail, _ in a.relations})
-    fields = {**tag_fields(labels), "relation_labels": relation_labels}
+def _new_extractor(config: ExtractConfig, prepared: Prepared) -> KnowledgeExtractor:
+    fields = {**tag_fields(prepared.labels), "relation_labels": prepared.relation_labels}
     model = build_model(LongNetForKnowledgeExtraction, config, **fields)
     torch.nn.init.constant_(model.classifier.bias, TAG_PRIOR)
     with torch.no_grad():
         model.knowledge.relation.bias[0] = -TAG_PRIOR  # relations are as rare among pairs
-    maps = [Offsets(text) for text in texts]
-    return KnowledgeExtractor(model, labels, longest_span(maps, [a.spans for a in gold]), allowed)
+    return KnowledgeExtractor(model, prepared.labels, prepared.longest, prepared.allowed)
 
 
 @dataclass
@@ -157,9 +146,11 @@ class Example:
     relations: np.ndarray
 
     @classmethod
-    def of(cls, text: str, annotation: Annotation, extractor: KnowledgeExtractor) -> Example:
+    def of(
+        cls, text: str, annotation: Annotation, labels: Sequence[str], relation_labels: Sequence[str]
+    ) -> Example:
         offsets = Offsets(text)
-        mentions = Mentions.of(offsets, annotation.spans, extractor.labels)
+        mentions = Mentions.of(offsets, annotation.spans, labels)
         clusters = list(annotation.clusters.values())
         owners: list[set[int]] = [set() for _ in annotation.spans]
         for c, own in enumerate(clusters):
@@ -167,7 +158,7 @@ class Example:
                 owners[i].add(c)
         together = [bool(owners[i] & owners[j]) for i, j in mentions.pairs.tolist()]
         index = {name: c for c, name in enumerate(annotation.clusters)}
-        kinds = {label: r for r, label in enumerate(extractor.relation_labels, 1)}
+        kinds = {label: r for r, label in enumerate(relation_labels, 1)}
         relations = [
             (index[h], index[t], kinds[r]) for h, t, r in annotation.relations if r in kinds and h != t
         ]
@@ -175,6 +166,39 @@ class Example:
             offsets, annotation, mentions, clusters, np.asarray(together, bool),
             np.asarray([bool(own) for own in owners], bool), np.asarray(relations, np.int64).reshape(-1, 3),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Documents to train on and to judge by, in numbers: made once for any number of trainings.
+
+    allowed: labels of head and tail that training relates. longest: bytes of the longest mention.
+    """
+
+    labels: list[str]
+    relation_labels: list[str]
+    allowed: list[tuple[str, str]]
+    longest: int
+    trained: list[Example]
+    judged: list[Example]
+
+
+def prepare(
+    texts: Sequence[str],
+    gold: Sequence[Annotation],
+    validation_texts: Sequence[str],
+    validation_gold: Sequence[Annotation],
+) -> Prepared:
+    """What `fit_knowledge` needs of annotated documents; all labels are those of `gold`."""
+    labels = sorted({label for a in gold for _, _, label in a.spans})
+    relation_labels = sorted({label for a in gold for _, _, label in a.relations})
+    allowed = sorted({(a.label(head), a.label(tail)) for a in gold for head, tail, _ in a.relations})
+    trained, judged = (
+        [Example.of(text, a, labels, relation_labels) for text, a in zip(t, g, strict=True)]
+        for t, g in ((texts, gold), (validation_texts, validation_gold))
+    )
+    longest = longest_span([e.offsets for e in trained], [a.spans for a in gold])
+    return Prepared(labels, relation_labels, allowed, longest, trained, judged)
 
 
 def graph_loss(

@@ -63,6 +63,15 @@ def set_f1(gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Hash
     )
 
 
+def mean_set_f1(
+    gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Hashable]]
+) -> dict[str, float]:
+    """Precision, recall and F1 of every document that has gold, then their means: SciREX's count, where `set_f1` is micro."""
+    scores = [set_f1([g], [p]) for g, p in zip(gold, predicted, strict=True) if set(g)]
+    keys = ("precision", "recall", "f1")
+    return {key: sum(own[key] for own in scores) / len(scores) if scores else 0.0 for key in keys}
+
+
 def b_cubed(gold: Sequence[Iterable[Hashable]], predicted: Sequence[Iterable[Hashable]]) -> dict[str, float]:
     """B3 of one document's clusters (Bagga and Baldwin 1998), over mentions.
 

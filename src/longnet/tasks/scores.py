@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import combinations
+from typing import Any
 
-from longnet.tasks.annotations import Annotation, Span
+from longnet.tasks.annotations import Annotation, Span, role_tuples
 from longnet.tasks.mentions import normalise
 from longnet.tasks.metrics import (
     align_clusters,
@@ -12,6 +14,7 @@ from longnet.tasks.metrics import (
     b_cubed,
     cluster_f1,
     docred_f1,
+    mean_set_f1,
     muc,
     set_f1,
 )
@@ -57,6 +60,42 @@ def relation_scores(
     ]
     names = [surface_names(text, g) for text, g in zip(texts, gold, strict=True)]
     return docred_f1([g.relations for g in gold], aligned, names, known)
+
+
+def aligned_tuples(gold: Annotation, predicted: Annotation, roles: Sequence[str]) -> set[tuple[Any, ...]]:
+    """`role_tuples` of a prediction in the names of the gold entities that `align_clusters` finds."""
+    aligned = align_clusters(mention_sets(gold), mention_sets(predicted))
+    return {
+        tuple(aligned.get(name, ("unknown", name)) for name in own)
+        for own in role_tuples(predicted.relations, roles)
+    }
+
+
+def tuple_scores(
+    gold: Sequence[Collection[tuple[Any, ...]]],
+    predicted: Sequence[Collection[tuple[Any, ...]]],
+    known: Sequence[Collection[str]],
+) -> Scores:
+    """n-ary relations as SciREX counts them (Jain et al. 2020, section 5): one entity a role.
+
+    A tuple is right if all of its entities are. tuples: whole ones. pairs: their projections to every two roles. Both are
+    means over documents with gold (and, for pairs, over the pairs of roles), not micro averages.
+
+    Args:
+        gold, predicted: per document, tuples of gold entities' names, all of the same length.
+        known: per document, the entities with mentions. What names another one cannot be found and is no gold.
+    """
+    size = len(next((own for side in gold for own in side), ()))
+    scores: Scores = {}
+    for key, places in (("pairs", list(combinations(range(size), 2))), ("tuples", [tuple(range(size))])):
+        wanted, found = (
+            [{tuple(own[i] for i in at) for own in tuples} for at in places for tuples in side]
+            for side in (gold, predicted)
+        )
+        entities = [names for _ in places for names in known]
+        wanted = [{t for t in own if set(t) <= set(n)} for own, n in zip(wanted, entities, strict=True)]
+        scores[key] = mean_set_f1(wanted, found)
+    return scores
 
 
 def extraction_scores(
