@@ -6,7 +6,6 @@ import torch
 
 from conftest import assert_within_budget
 from longnet import DilatedPattern, dilated_attention
-from longnet.attention import strided
 
 TWO = DilatedPattern((16, 50), (1, 3))
 THREE = DilatedPattern((40, 70, 200), (1, 4, 6))
@@ -64,29 +63,6 @@ def check(
         assert_within_budget(name, a, e, p, roundings)
 
 
-def check_join(tokens, heads, key_heads, width, pattern, *, queries=None, batch=2, **options):
-    """Partial results of the library's calls, joined by the kernel, against the oracle; some tokens in one branch only."""
-    g = torch.Generator().manual_seed(0)
-    queries, scale = queries or tokens, width**-0.5
-    q = torch.randn(batch, queries, heads, width, generator=g)
-    k, v = (torch.randn(batch, tokens, key_heads, width, generator=g) for _ in "kv")
-    out, lse = torch.full_like(q, torch.nan), torch.full((batch, heads, queries), -torch.inf)
-    partials = list(strided._partials(q, k, v, pattern, options["causal"], scale, options["start"]))
-    for begin in range(0, len(partials), 7):
-        strided._join(out, lse, partials[begin : begin + 7])
-    exact = dilated_attention(q.double(), k.double(), v.double(), pattern, impl="reference", **options)
-    peer = dilated_attention(q, k, v, pattern, impl="reference", **options)
-    for name, a, e, p in zip(("out", "lse"), (out, lse), exact, peer, strict=True):
-        assert_within_budget(name, a, e, p, 2 + len(pattern.branches))
-
-
-JOINS = [
-    (64, 4, 4, 16, DilatedPattern.geometric(64, window=16), {"causal": True, "start": 0}),
-    (130, 8, 2, 24, THREE, {"causal": True, "start": 0, "batch": 3}),
-    (90, 4, 2, 16, TWO, {"causal": True, "start": 997, "queries": 31}),
-    (60, 6, 2, 16, BLOCK, {"causal": False, "start": 13}),
-    (1, 2, 1, 16, THREE, {"causal": True, "start": 5}),
-]
-
-for *shape, options in JOINS if sys.argv[1] == "join" else CASES[sys.argv[1]]:
-    (check_join if sys.argv[1] == "join" else check)(*shape, **options)
+for case in CASES[sys.argv[1]]:
+    *shape, options = case
+    check(*shape, **options)

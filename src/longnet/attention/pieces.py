@@ -210,13 +210,6 @@ def statistics(lse: Tensor, call: Call) -> Tensor:
     return queries(lse.transpose(1, 2)[..., None], call)[..., 0]
 
 
-def place(call: Call) -> tuple[int, ...]:
-    """(head, head step, first token, shift, rate, period, sequence) of the call's rows, as `kernels.merge.join_rows` wants."""
-    piece = call.piece
-    first = piece.queries.first + call.segment * piece.period
-    return piece.head, piece.head_step, first, piece.shift, piece.rate, piece.period, call.sequence
-
-
 def covers_all(call: Call, q: Tensor) -> bool:
     """Whether the call's queries are all of q in order, so that its result can be taken over without a copy."""
     piece = call.piece

@@ -8,8 +8,6 @@ log-sum-exp; the backward calls get the merged output and log-sum-exp, which mak
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +21,6 @@ aten = torch.ops.aten
 # Share of the rate-1 rows whose gradients are computed at once. cuDNN keeps dq in fp32, so scratch is 5 share q. At 1 its
 # result is taken over without a copy: 4 to 5 % faster (H200, N=262144), but 2.03 times q of scratch.
 BACKWARD_SHARE = 0.375
-
-# Partial results that one launch joins; every number of them is a kernel of its own.
-JOINED_AT_ONCE = 16
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -65,57 +60,34 @@ def forward(
         return _per_sequence_forward(q, k, v, lengths, pattern, causal, scale, start)
     if q.device.type == "cpu" and not (_finite(k) and _finite(v)):
         return _forward_around_broken_keys(q, k, v, pattern, causal, scale, start)
-    # One launch joins everything in fp32 and rounds once; without it one merge follows the other, kept in fp32 (fp64).
-    together = q.is_cuda and has_triton()
+    num_queries, num_heads = q.shape[1:3]
+    # CPU merges in fp32 and rounds once; on GPU the merge kernel rounds a row once per branch it lies in (2 on average).
+    keep = q.dtype if q.is_cuda else statistics
     out = lse = None
-    waiting: list[_Partial] = []
-    for partial in _partials(q, k, v, pattern, causal, scale, start):
-        if out is None or lse is None:
-            keep = q.dtype if together else statistics
-            if pieces.covers_all(partial.call, q):
-                out = partial.out.permute(0, 1, 3, 2, 4).reshape(q.shape).to(keep)
-                lse = partial.lse.permute(0, 2, 1, 3).flatten(2).to(statistics).contiguous()
-                continue
-            out = torch.zeros(q.shape, dtype=keep, device=q.device)
-            shape = (q.shape[0], q.shape[2], q.shape[1])
-            lse = torch.full(shape, -torch.inf, dtype=statistics, device=q.device)
-        if not together:
-            targets = pieces.queries(out, partial.call), pieces.statistics(lse, partial.call)
-            merge_rows(*targets, partial.out, partial.lse)
-            continue
-        waiting.append(partial)
-        # Scratch stays within the size of q.
-        if len(waiting) == JOINED_AT_ONCE or sum(x.out.numel() for x in waiting) >= q.numel():
-            _join(out, lse, waiting)
+    for piece in pieces.plan(pattern, num_heads, k.shape[2], k.shape[1], num_queries, start, causal):
+        for call in pieces.calls(piece, q, k):
+            views = (
+                x.flatten(0, 1) for x in (pieces.queries(q, call), pieces.keys(k, call), pieces.keys(v, call))
+            )
+            partial, partial_lse = attend((*views,), piece.causal, scale)
+            partial = partial.unflatten(0, (call.sequences, call.segments))
+            partial_lse = partial_lse.unflatten(0, (call.sequences, call.segments))
+            if out is None or lse is None:
+                if pieces.covers_all(call, q) and keep == q.dtype:
+                    out = partial.permute(0, 1, 3, 2, 4).reshape(q.shape)
+                    lse = (
+                        partial_lse.permute(0, 2, 1, 3)
+                        .reshape(q.shape[0], num_heads, num_queries)
+                        .contiguous()
+                    )
+                    continue
+                out = torch.zeros(q.shape, dtype=keep, device=q.device)
+                shape = (q.shape[0], num_heads, num_queries)
+                lse = torch.full(shape, -torch.inf, dtype=statistics, device=q.device)
+            merge_rows(pieces.queries(out, call), pieces.statistics(lse, call), partial, partial_lse)
     if out is None or lse is None:
         raise AssertionError("a pattern with rate 1 covers every token")
-    if waiting:
-        _join(out, lse, waiting)
     return out.to(q.dtype), lse
-
-
-class _Partial(NamedTuple):
-    """What one library call gives: out (sequences, segments, heads, rows, D), lse (sequences, segments, heads, rows)."""
-
-    call: pieces.Call
-    out: Tensor
-    lse: Tensor
-
-
-def _partials(q, k, v, pattern, causal, scale, start) -> Iterator[_Partial]:
-    for piece in pieces.plan(pattern, q.shape[2], k.shape[2], k.shape[1], q.shape[1], start, causal):
-        for call in pieces.calls(piece, q, k):
-            views = (pieces.queries(q, call), pieces.keys(k, call), pieces.keys(v, call))
-            out, lse = attend(tuple(x.flatten(0, 1) for x in views), piece.causal, scale)
-            lead = (call.sequences, call.segments)
-            yield _Partial(call, out.unflatten(0, lead), lse.unflatten(0, lead))
-
-
-def _join(out: Tensor, lse: Tensor, waiting: list[_Partial]) -> None:
-    from longnet.kernels.merge import join_rows
-
-    join_rows(out, lse, [(pieces.place(x.call), x.out, x.lse) for x in waiting])
-    waiting.clear()
 
 
 def backward(
