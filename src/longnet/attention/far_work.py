@@ -103,10 +103,11 @@ def tile_of(shape: Shape, dtype: torch.dtype) -> dict:
     }
 
 
-# (heads per program, warps, stages, most registers) by kernel, for even groups with blocks up to 64 and for others.
+# (heads per program, warps, stages, most registers) by kernel, for even groups with blocks up to 64 and for others: the best of
+# those tried on an H200 (docs/log.md).
 COVER_TILES = {
     "forward": ((2, 8, 2, 128), (1, 4, 2, None)),
-    "dq": ((2, 8, 2, None), (1, 4, 2, None)),
+    "dq": ((2, 8, 3, None), (1, 4, 2, None)),
     "dkv": ((1, 4, 2, None), (1, 4, 2, None)),
 }
 # Keys of the window that the forward pass takes at a time, at least a block.
@@ -117,9 +118,7 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
     # Two heads of a block of 128 ask for more shared memory than there is.
     even = shape.group % 2 == 0 and dtype != torch.float32 and geometry.block <= 64
     heads, warps, stages, registers = COVER_TILES[kernel][0 if even else 1]
-    tile = tile_of(shape, dtype) | {"BLOCK": geometry.block, "WINDOW": geometry.window}
-    if kernel != "dkv":
-        tile["HG"] = heads
+    tile = tile_of(shape, dtype) | {"HG": heads, "BLOCK": geometry.block, "WINDOW": geometry.window}
     if kernel == "forward":
         tile["BK"] = max(geometry.block, WINDOW_KEYS)
     return tile | {
@@ -152,7 +151,7 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
 SELECT_WARPS = 1
 
 # (rows, warps, stages) of the kernels over the readers of a leaf.
-LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 1)}
+LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 2)}
 
 
 def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:

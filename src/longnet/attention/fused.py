@@ -75,9 +75,10 @@ def tiles(head_width: int, itemsize: int, shared: int, causal: bool = True) -> T
         return Tiles(Tile(32, 32, 1, 4), Tile(32, 32, 1, 4), Tile(32, 32, 1, 4))
     if head_width <= 64:
         return Tiles(Tile(64, 64, 2, 4), Tile(64, 64, 3, 4), Tile(32, 128, 3, 4))
-    forward = Tile(64, 32, 2, 4) if causal or shared < 164 * KIB else Tile(64, 64, 3, 4)
     if shared >= 227 * KIB:
-        return Tiles(forward, Tile(64, 32, 3, 4), Tile(64, 64, 2, 4))
+        # Two programs of 8 warps fit into the registers of a Hopper processor; without the cap it would be one.
+        return Tiles(Tile(128, 64, 2, 8, 128), Tile(64, 32, 3, 4), Tile(64, 64, 2, 4))
+    forward = Tile(64, 32, 2, 4) if causal or shared < 164 * KIB else Tile(64, 64, 3, 4)
     # 64 query rows of dkv would fit as well, but spill registers on GPUs before Hopper.
     if shared >= 164 * KIB:
         return Tiles(forward, Tile(64, 32, 3, 4), Tile(32, 64, 2, 4))

@@ -191,12 +191,12 @@ def cover_dq(
         tl.store(dq + at_out * D + d[None, :], (acc * scale).to(dq.dtype.element_ty), row_ok)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def window_dkv(
     q_local, k_local, v, dout, lse, delta, dk, dv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_heads, num_key_heads, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the local keys and of the values: a program owns a key block and walks the query blocks that see it."""
@@ -209,29 +209,32 @@ def window_dkv(
     at_ok = (at < num_tokens)[:, None] & (d < D)[None, :]
     kt = tl.load(k_local + b * skb + at[:, None] * skn + kh * skh + d[None, :], at_ok, 0.0)
     vt = tl.load(v + b * svb + at[:, None] * svn + kh * svh + d[None, :], at_ok, 0.0)
+    row = tl.arange(0, BLOCK * HG)
     scale2 = scale * 1.4426950408889634
     dk_acc = tl.zeros((BLOCK, BD), tl.float32)
     dv_acc = tl.zeros((BLOCK, BD), tl.float32)
-    last = tl.minimum(j + WINDOW, tl.cdiv(num_tokens, BLOCK))
-    for head in tl.range(kh * G, kh * G + G):
-        q_rows = strided_rows(q_local + b * sqb, 0, num_tokens, sqn, sqh, head, 1, D=D, BD=BD, ROWS=BLOCK)
-        do_rows = strided_rows(
-            dout + b * num_tokens * num_heads * D, 0, num_tokens, num_heads * D, D, head, 1, D=D, BD=BD, ROWS=BLOCK
-        )  # fmt: skip
-        for i in tl.range(j, last):
-            token = i * BLOCK + col
-            token_ok = token < num_tokens
-            at_lse = (b * num_heads + head) * num_tokens + token
-            # Rows beyond the sequence get lse = inf, and so p = 0.
-            lse2 = tl.load(lse + at_lse, token_ok, float("inf")) * 1.4426950408889634
-            dl = tl.load(delta + at_lse, token_ok, 0.0)
-            qt = q_rows.load([i * BLOCK, 0])
-            do = do_rows.load([i * BLOCK, 0])
-            p = tl.exp2(tl.dot(kt, qt.T, input_precision=PREC) * scale2 - lse2[None, :])
-            p = tl.where((j * BLOCK + col)[:, None] <= token[None, :], p, 0.0)
-            dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision=PREC)
-            ds = p * (tl.dot(vt, do.T, input_precision=PREC) - dl[None, :])
-            dk_acc = tl.dot(ds.to(qt.dtype), qt, dk_acc, input_precision=PREC)
+    blocks = tl.minimum(WINDOW, tl.cdiv(num_tokens, BLOCK) - j)
+    for step in tl.range(0, blocks * (G // HG)):
+        i = j + step // (G // HG)
+        heads = kh * G + (step % (G // HG)) * HG + row // BLOCK
+        token = i * BLOCK + row % BLOCK
+        at_row = token.to(tl.int64)
+        token_ok = token < num_tokens
+        row_ok = token_ok[:, None] & (d < D)[None, :]
+        qt = tl.load(
+            q_local + b * sqb + at_row[:, None] * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0
+        )
+        at_out = (b * num_tokens + at_row) * num_heads + heads
+        do = tl.load(dout + at_out[:, None] * D + d[None, :], row_ok, 0.0)
+        at_lse = (b * num_heads + heads) * num_tokens + token
+        lse2 = tl.load(lse + at_lse, token_ok, float("inf")) * 1.4426950408889634
+        dl = tl.load(delta + at_lse, token_ok, 0.0)
+        s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * scale2
+        p = tl.exp2(s - lse2[None, :])
+        p = tl.where((j * BLOCK + col)[:, None] <= token[None, :], p, 0.0)
+        dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision=PREC)
+        ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
+        dk_acc = tl.dot(ds.to(qt.dtype), qt, dk_acc, input_precision=PREC)
     at_key = ((b * num_tokens + at) * num_key_heads + kh)[:, None] * D + d[None, :]
     tl.store(dk + at_key, (dk_acc * scale).to(dk.dtype.element_ty), at_ok)
     tl.store(dv + at_key, dv_acc.to(dv.dtype.element_ty), at_ok)
