@@ -237,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_written_obeys_the_policy(config, monkeypatc
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_records_that_cannot_be_written_obey_the_policy(config, tmp_path, monkeypatch, policy):
-    from longnet.train import trainer
+    from longnet.train import monitor
 
     calls = []
 
@@ -250,7 +250,7 @@ def test_records_that_cannot_be_written_obey_the_policy(config, tmp_path, monkey
             raise OSError(28, "No space left on device")
         return stream
 
-    monkeypatch.setattr(trainer, "open", full, raising=False)
+    monkeypatch.setattr(monitor, "open", full, raising=False)
     config = dataclasses.replace(config, on_save_error=policy)
     if policy == "stop":
         with pytest.raises(OSError, match="No space"):
@@ -258,6 +258,7 @@ def test_records_that_cannot_be_written_obey_the_policy(config, tmp_path, monkey
         assert [r["step"] for r in records(config.output)] == [1, 2]
         return
     assert train(config).finished
+    assert len(calls) > 4
     assert [r["step"] for r in records(config.output)] == list(range(1, 9))
 
 

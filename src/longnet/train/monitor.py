@@ -1,8 +1,9 @@
-"""What a run tells about itself beyond the loss: held-out bits per byte by position, samples, TensorBoard, the plot, memory."""
+"""What a run tells about itself: metrics.jsonl, held-out bits per byte by position, samples, TensorBoard, the plot, memory."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -98,6 +99,41 @@ class Monitor:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class MetricsFile:
+    """metrics.jsonl: a line a record, whole lines only."""
+
+    def __init__(self, path: Path, keep_on_error: bool) -> None:
+        self.path, self.keep_on_error = path, keep_on_error
+        self._waiting: list[str] = []
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record; with `keep_on_error` what cannot be written waits for the next time, else it raises OSError."""
+        self._waiting.append(json.dumps(record) + "\n")
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a") as stream:
+                stream.write("".join(self._waiting))
+        except OSError:
+            os.truncate(self.path, size)
+            if not self.keep_on_error:
+                raise
+        else:
+            self._waiting.clear()
+
+    def truncate(self, step: int) -> None:
+        """Keep the records of steps up to `step`: later ones will be taken again."""
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:
+                break  # a line cut short by a kill; every later step is taken again anyway
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
 
 
 def _summary_writer() -> Callable[..., Any]:

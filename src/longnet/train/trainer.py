@@ -18,17 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet.integrations.tokenizer import BYTES
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
 from longnet.model.tiles import set_tile
 from longnet.plan import Job, best_chunk
 from longnet.text import Tokenizer
-from longnet.train import checkpoint, parallelize, strategy
+from longnet.train import checkpoint, parallelize, resume, strategy
 from longnet.train.chunked import chunked_backward
 from longnet.train.config import TrainConfig, check, identity, model_config
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
-from longnet.train.monitor import Monitor, plot
+from longnet.train.monitor import MetricsFile, Monitor, plot
 
 
 class NonFiniteLoss(RuntimeError):
@@ -87,7 +86,7 @@ def train(
     if finished:
         run.export()
         picture = config.output / "loss.png"
-        picture = picture if leader and plot(run.metrics, picture) else None
+        picture = picture if leader and plot(run.metrics.path, picture) else None
     parameters = sum(p.numel() for p in run.model.parameters())
     run.close()
     elapsed = time.perf_counter() - started
@@ -140,9 +139,10 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self.step, self.skipped = 0, []
         self.save_error: str | None = None
-        self.unlogged: list[str] = []
         config.output.mkdir(parents=True, exist_ok=True)
-        self.metrics = config.output / "metrics.jsonl"
+        self.metrics = MetricsFile(
+            config.output / "metrics.jsonl", keep_on_error=config.on_save_error == "continue"
+        )
         self.note: dict[str, str] = {}
         self.way = self._way(self.restore())
         if self.way["gradient_checkpointing"]:
@@ -246,21 +246,9 @@ class _Run:
         return bool(self.signals) if self.parallel is None else self._asked_to_stop
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append to metrics.jsonl whole lines; under on_save_error="continue" what cannot be written waits for the next time."""
-        if not parallelize.is_leader():
-            return
-        self.unlogged.append(json.dumps(record | self.note) + "\n")
-        self.note = {}
-        size = self.metrics.stat().st_size
-        try:
-            with open(self.metrics, "a") as stream:
-                stream.write("".join(self.unlogged))
-        except OSError:
-            os.truncate(self.metrics, size)
-            if self.config.on_save_error == "stop":
-                raise
-        else:
-            self.unlogged.clear()
+        if parallelize.is_leader():
+            self.metrics.append(record | self.note)
+            self.note = {}
 
     def identity(self) -> dict[str, Any]:
         """What a continuation must share with this run."""
@@ -315,54 +303,20 @@ class _Run:
                 raise
             self.save_error = str(error)
 
-    def _newest(self) -> tuple[checkpoint.Groups, dict[str, Any]] | None:
-        """The newest intact checkpoint, which belongs to this configuration; None: there is none yet."""
-        folder = self.config.output / "checkpoints"
-        path, self.skipped = checkpoint.newest(folder)
-        if path is not None and self.config.resume == "never":
-            raise ValueError(
-                f'resume="never": expected an output folder without checkpoints; got {path}; use another folder'
-            )
-        if path is None and self.skipped:
-            raise ValueError(
-                f"expected an intact checkpoint in {folder}; got only damaged ones: {'; '.join(self.skipped)}"
-            )
-        if path is None and self.config.resume not in ("auto", "never"):
-            path = self._elsewhere(Path(self.config.resume))
-        if path is None:
-            return None
-        tensors, state = checkpoint.load(path)
-        now = self.identity()
-        state["config"].setdefault("tokenizer", BYTES.name)  # checkpoints from before there were others
-        differing = [
-            f"{k}: checkpoint {state['config'].get(k)!r}, now {now[k]!r}"
-            for k in now
-            if state["config"].get(k) != now[k]
-        ]
-        if differing:
-            raise ValueError(
-                f"{path} belongs to another configuration; differing: {'; '.join(differing)}; use another output folder"
-            )
-        wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        found = {name: tuple(t.shape) for name, t in tensors.get("weights", {}).items()}
-        if wanted != found or not {"optimizer", "random"} <= tensors.keys():
-            names = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
-            raise checkpoint.CheckpointCorrupt(
-                f"{path}: expected weights, optimizer and random state of this model; got groups {sorted(tensors)}, differing "
-                f"weights {names[:5]}"
-            )
-        return tensors, state
+    def _newest(self) -> resume.Found | None:
+        found, self.skipped = resume.newest(self.config.output / "checkpoints", self.config.resume)
+        if found is not None:
+            resume.require_same(found, self.identity(), self.model)
+        return found
 
-    def _newest_of_leader(
-        self, parallel: parallelize.Parallel
-    ) -> tuple[checkpoint.Groups, dict[str, Any]] | None:
+    def _newest_of_leader(self, parallel: parallelize.Parallel) -> resume.Found | None:
         """As `_newest`: only the leader reads, everybody gets its tensors (sharded) or its error."""
         found: list[Any] = []
 
         def look() -> dict[str, Any] | None:
             newest = self._newest()
-            found.append(newest and newest[0])
-            return newest and newest[1]
+            found.append(None if newest is None else newest.tensors)
+            return None if newest is None else newest.state
 
         state = parallel.on_leader(look)
         if state is None:
@@ -371,7 +325,7 @@ class _Run:
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = ("exp_avg", "exp_avg_sq")
         like |= {("optimizer", f"{i}.{name}"): p for i, p in enumerate(ordered) for name in moments}
-        return parallel.distribute(found[0] if found else None, like), state
+        return resume.Found(None, parallel.distribute(found[0] if found else None, like), state)
 
     def restore(self) -> dict[str, Any] | None:
         """Continue from the newest intact checkpoint, whose state is returned; drop metrics of steps that will be taken again."""
@@ -379,9 +333,9 @@ class _Run:
         leader = parallelize.is_leader()
         if found is None:
             if leader:
-                self.metrics.write_text("")
+                self.metrics.truncate(0)
             return None
-        tensors, state = found
+        _, tensors, state = found
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors["weights"][name])
@@ -397,34 +351,8 @@ class _Run:
             torch.cuda.set_rng_state(tensors["random"]["cuda"], self.device)
         self.step = int(state["step"])
         if leader:
-            _truncate_metrics(self.metrics, self.step)
+            self.metrics.truncate(self.step)
         return state
-
-    def _elsewhere(self, source: Path) -> Path:
-        """The checkpoint that `resume` names: one, or the newest intact one of another run."""
-        if (source / "manifest.json").exists():
-            return source
-        path, skipped = checkpoint.newest(source / "checkpoints")
-        if path is None:
-            raise ValueError(
-                f'resume: expected "auto", "never", the output folder of a run or one of its checkpoints; got {source}, '
-                f"which has no intact checkpoint {'; '.join(skipped)}"
-            )
-        self.skipped += skipped
-        return path
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            break  # a line cut short by a kill; every later step is taken again anyway
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
 
 
 def _preflight(config: TrainConfig) -> dict[str, Any]:
