@@ -13,7 +13,7 @@ lint: install
 	.venv/bin/lint-imports
 
 test: lint
-	.venv/bin/python -m pytest -n 2 -q
+	.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
 # On a machine with a GPU, with the torch, triton and pytest that are already there.
 test-gpu:
