@@ -2,28 +2,17 @@
 
 import json
 import shlex
-import sys
 
 import pytest
 
-pytest.importorskip("tyro")
+tyro = pytest.importorskip("tyro")
 
 from longnet import LongNetConfig
-from longnet.cli import main
 
 
 @pytest.fixture
-def plan(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["longnet", "plan", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+def plan(longnet):
+    return lambda *arguments: longnet("plan", *arguments)
 
 
 def test_the_table_and_the_figures_agree(plan):
@@ -49,7 +38,6 @@ def test_the_recommended_options_are_those_of_the_trainer(plan, memory, flag):
     from longnet.cli.recipe import registry
     from longnet.train import TrainConfig
 
-    tyro = sys.modules["tyro"]
     code, out, _ = plan("--tokens", 2**20, "--ratio", 4, "--memory", memory)
     assert code == 0
     command = shlex.split(out.splitlines()[-1].split("longnet train ")[1])
