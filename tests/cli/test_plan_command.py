@@ -4,8 +4,7 @@ import json
 import shlex
 
 import pytest
-
-tyro = pytest.importorskip("tyro")
+import tyro
 
 from longnet import LongNetConfig
 
