@@ -248,3 +248,11 @@ def test_a_target_length_is_met(model):
 def test_arguments(model, change):
     with pytest.raises(ValueError, match="expected"):
         generate(**{"model": model, "input_ids": prompt(4), "max_new_tokens": 2, **change})
+
+
+def test_a_prompt_may_stay_in_host_memory_in_a_narrow_dtype():
+    model = Tiny()
+    ids = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
+    options = {"max_new_tokens": 8, "temperature": 0, "chunk_size": 7, "repetition_penalty": 1.3}
+    wide, narrow = (generate(model, x, **options) for x in (ids, ids.to(torch.uint16)))
+    assert wide.ids == narrow.ids

@@ -165,7 +165,8 @@ def generate(
 
     Args:
         model: called as model(input_ids, past_key_values, use_cache=True, logits_to_keep=1, lengths) -> .logits (B, 1, V).
-        input_ids: (B, N) ids, padded on the right where `lengths` (B,) says so; every sequence has at least one.
+        input_ids: (B, N) ids, padded on the right where `lengths` (B,) says so; every sequence has at least one. Any integer
+            dtype, and may stay in host memory: only a chunk of them is on the model's device at a time.
         max_new_tokens, min_new_tokens: before the least, no end id is drawn and no stop sequence ends anything; equal, they
             are the length of what is written.
         chunk_size: tokens read at once: bounds the memory of prefill.
@@ -232,7 +233,7 @@ def generate(
         generator = torch.Generator(device=logits.device).manual_seed(seed)
     recent = None
     if repetition_penalty != 1:
-        recent = _recent(input_ids.to(logits.device), host, repetition_window, logits.shape[1])
+        recent = _recent(input_ids, host, repetition_window, logits)
     sampler = _Sampler(temperature, top_k, top_p, repetition_penalty, recent, generator)
     if progress.never:
         sampler.never = torch.tensor(list(progress.never), device=logits.device)
@@ -252,7 +253,7 @@ def _prefill(
     last: Tensor | None = None
     longest = max(lengths)
     for begin in range(0, longest, chunk_size):
-        chunk = input_ids[:, begin : min(begin + chunk_size, longest)]
+        chunk = input_ids[:, begin : min(begin + chunk_size, longest)].to(cache.device, torch.int64)
         n = chunk.shape[1]
         part = [min(max(length - begin, 0), n) for length in lengths]
         logits = _step(model, chunk, cache, None if min(part) == n else part)
@@ -335,9 +336,9 @@ def _can_capture(model: Any, cache: LongNetCache) -> bool:
     return isinstance(model, LongNetForCausalLM) and unsupported(model, cache) is None
 
 
-def _recent(input_ids: Tensor, lengths: list[int], window: int, vocabulary: int) -> Tensor:
-    """(B, window): the last ids of every prompt, the oldest first; V where there are none."""
-    recent = torch.full((len(lengths), window), vocabulary, device=input_ids.device)
+def _recent(input_ids: Tensor, lengths: list[int], window: int, logits: Tensor) -> Tensor:
+    """(B, window): the last ids of every prompt, the oldest first; V where there are none. `logits` (B, V) are their next."""
+    recent = torch.full((len(lengths), window), logits.shape[1], device=logits.device)
     for b, n in enumerate(lengths):
         tail = input_ids[b, max(0, n - window) : n]
         recent[b, window - len(tail) :] = tail

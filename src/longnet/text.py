@@ -90,8 +90,8 @@ class Tokenizer(ABC):
         """Ids that are no text and no end: never to be generated."""
         return tuple(i for i, piece in enumerate(self.spelling) if not piece and i != self.end)
 
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Ids of a text, which may be bytes, as `dtype`. Raises as `pieces`."""
+    def encode(self, text: str | bytes | np.ndarray) -> np.ndarray:
+        """Ids of a text, which may be bytes or a uint8 array of them, as `dtype`. Raises as `pieces`."""
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         return np.concatenate([np.zeros(0, self.dtype), *self.pieces(data)])
 

@@ -74,7 +74,7 @@ def generate(
     check_place("--output", output)
     check_place("--cache-out", cache_out)
     network, tokenizer = load_model(model)
-    ids = tokenizer.encode(_bytes_of(prompt, prompt_file)).astype(np.int64)
+    ids = tokenizer.encode(_bytes_of(prompt, prompt_file))
     cache = LongNetCache.load(cache_in, network.config, network.device) if cache_in else None
     elsewhere = output is not None or not sys.stdout.isatty()
     shown = progress == "always" or (progress == "auto" and sys.stderr.isatty() and elsewhere)
@@ -84,7 +84,7 @@ def generate(
     ):
         result = generate_ids(
             network,
-            torch.from_numpy(ids)[None].to(network.device),
+            torch.from_numpy(ids)[None],
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             chunk_size=chunk,
@@ -108,10 +108,14 @@ def generate(
         result.cache.save(cache_out)
 
 
-def _bytes_of(prompt: str | None, prompt_file: Path | None) -> bytes:
-    if prompt is not None:
-        return prompt.encode("utf-8", "surrogateescape")
-    return sys.stdin.buffer.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_bytes()
+def _bytes_of(prompt: str | None, prompt_file: Path | None) -> bytes | np.ndarray:
+    """The prompt; a file is mapped, not read, unless it is a pipe."""
+    if prompt_file is None:
+        return (prompt or "").encode("utf-8", "surrogateescape")
+    if str(prompt_file) == "-":
+        return sys.stdin.buffer.read()
+    mapped = prompt_file.is_file() and prompt_file.stat().st_size
+    return np.memmap(prompt_file, np.uint8, "r") if mapped else prompt_file.read_bytes()
 
 
 @torch.inference_mode()
