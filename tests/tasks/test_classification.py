@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from longnet import LongNetConfig, LongNetForCausalLM, cli
 from longnet.tasks.classification import (
@@ -197,3 +199,15 @@ def test_fit_keeps_the_best_weights_and_stops_before_nan():
     with pytest.raises(NonFiniteTaskLoss, match="step 1"):
         fit(model, config, lambda g: [0], lambda b: model(torch.ones(1, 1)).sum() * torch.nan, validate)
     assert model.weight.item() == seen[1]
+
+
+def test_a_folder_without_all_weights_is_refused(trained, tmp_path):
+    """transformers fills what is missing with random numbers."""
+    shutil.copytree(trained / "model", tmp_path / "model")
+    (weights,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file(
+        {name: x for name, x in tensors.items() if "norm" not in name}, weights, metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="missing_keys"):
+        DocumentClassifier.load(tmp_path / "model", "cpu")

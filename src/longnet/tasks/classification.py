@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet.model.folder import load_whole
 from longnet.model.heads import MULTI, SINGLE, LongNetForSequenceClassification
 from longnet.tasks.documents import Document, OnInvalid, read_documents
 from longnet.tasks.fit import FitConfig, FitSummary, build_model, fit, length_batches, pad, pick_device
@@ -86,7 +87,7 @@ class DocumentClassifier:
             raise ValueError(
                 f"model: expected a folder made by `longnet classify train`; got {path}: {error!r}"
             ) from None
-        model = LongNetForSequenceClassification.from_pretrained(path).eval()
+        model = load_whole(LongNetForSequenceClassification, path).eval()
         torch.nn.Module.to(model, pick_device(device))
         return cls(model, labels, multi, most)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet.model.folder import load_whole
 from longnet.model.heads import MULTI, LongNetForTokenClassification
 from longnet.tasks.annotations import Span
 from longnet.tasks.documents import OnInvalid
@@ -134,7 +135,7 @@ class EntityExtractor:
         """Raises ValueError for a folder that `longnet extract train` has not made."""
         try:
             task = json.loads((path / "task.json").read_text("utf-8"))
-            model = cls.model_class.from_pretrained(path).eval()
+            model = load_whole(cls.model_class, path).eval()
             extractor = cls.from_settings(model, task)
             extractor.threshold = task["threshold"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -100,7 +100,8 @@ def build_model(cls: type[M], config: FitConfig, **fields: Any) -> M:
     else:
         base = LongNetConfig.from_pretrained(config.pretrained, **overrides)  # pyrefly: ignore
         require_bytes(tokenizer_of_model(config.pretrained, base.vocab_size), "pretrained")
-        model = cls.from_pretrained(config.pretrained, config=base, dtype=torch.float32)  # pyrefly: ignore
+        options = {"config": base, "dtype": torch.float32, "use_safetensors": True}  # never a pickle
+        model = cls.from_pretrained(config.pretrained, **options)  # pyrefly: ignore
     nn.Module.to(model, pick_device(config.device))
     return model
 
