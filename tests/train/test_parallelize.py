@@ -217,6 +217,32 @@ def check(reports, seconds=10.0):
     return [errors.get(i) for i in range(len(reports))]
 
 
+def test_rank_0_does_not_take_the_store_away_before_all_have_read_why():
+    store, events = dist.HashStore(), []
+
+    class Slow:
+        """The store of rank 1, whose answers take a while."""
+
+        set, wait = store.set, store.wait
+
+        def get(self, key):
+            time.sleep(0.3)
+            events.append("read")
+            return store.get(key)
+
+    def rank(i):
+        with pytest.raises(RanksDisagree):
+            preflight(Slow() if i else store, i, 2, {"learning_rate": i}, timedelta(seconds=10))
+        events.append(f"rank {i} left")
+
+    threads = [threading.Thread(target=rank, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert events.index("read") < events.index("rank 0 left")
+
+
 def test_preflight_lists_versions_dtypes_and_missing_ranks():
     report = {"torch": "2.13", "dtype": "bfloat16", "model": {"heads": 4}}
     assert check([report] * 3) == [None] * 3

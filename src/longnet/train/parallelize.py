@@ -6,6 +6,7 @@ and gradients (FSDP2 over dp x sp). Ranks talk in tensors and JSON, never in pic
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -43,6 +44,10 @@ def is_leader() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+# A rank that reported reads the verdict at once, if it still runs.
+_READ_TIMEOUT = timedelta(seconds=10)
+
+
 def connect(fields: dict[str, Any], device: torch.device, timeout: timedelta) -> None:
     """Rendezvous, compare `fields` across ranks, and only then make the default process group.
 
@@ -72,6 +77,8 @@ def connect(fields: dict[str, Any], device: torch.device, timeout: timedelta) ->
 def preflight(store: dist.Store, rank: int, world: int, fields: dict[str, Any], timeout: timedelta) -> None:
     """Compare `fields` (anything JSON) of all ranks through the store; 3 store operations a rank, no collective.
 
+    Rank 0, whose process may hold the store, does not fail before the others have read why.
+
     Raises:
         RanksDisagree: naming every differing field, with the ranks that hold each value; the same text on every rank.
         RuntimeError: a rank that did not report within `timeout`.
@@ -86,13 +93,26 @@ def preflight(store: dist.Store, rank: int, world: int, fields: dict[str, Any], 
             except RuntimeError as error:
                 message = f"expected rank {other} of {world} within {timeout}; it did not report"
                 store.set("preflight/verdict", message)
+                _wait_for_readers(store, range(1, other))
                 raise RuntimeError(message) from error
             reports.append(json.loads(store.get(key)))
-        store.set("preflight/verdict", _differences(reports))
-    store.wait(["preflight/verdict"], timeout * 2)
-    verdict = store.get("preflight/verdict").decode()
+        verdict = _differences(reports)
+        store.set("preflight/verdict", verdict)
+        if verdict:
+            _wait_for_readers(store, range(1, world))
+    else:
+        store.wait(["preflight/verdict"], timeout * 2)
+        verdict = store.get("preflight/verdict").decode()
+        if verdict:
+            store.set(f"preflight/read/{rank}", "")
     if verdict:
         raise RanksDisagree(verdict)
+
+
+def _wait_for_readers(store: dist.Store, ranks: range) -> None:
+    """Until these ranks have read the verdict, or are taken to be gone."""
+    with contextlib.suppress(RuntimeError):
+        store.wait([f"preflight/read/{rank}" for rank in ranks], _READ_TIMEOUT)
 
 
 def _differences(reports: list[dict[str, Any]]) -> str:
