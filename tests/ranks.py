@@ -90,3 +90,17 @@ def join():
 
     torch.empty = empty
     return dist.get_rank(), dist.get_world_size()
+
+
+def refusals(*calls):
+    """What a rank is told by calls of which each must raise ValueError; all ranks wait for each other after the last."""
+    import pytest
+    import torch.distributed as dist
+
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        messages.append(str(error.value))
+    dist.barrier()
+    return messages

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longnet.attention.cached import fused_steps
 from longnet.model.cache import LongNetCache
+from longnet.model.cache_batch import lasting
 
 
 class GraphedStep:
@@ -28,7 +29,7 @@ class GraphedStep:
                 f"expected a model and a cache that can be captured; got: {reason}; call the model itself"
             )
         self.model, self.cache = model, cache
-        with torch.inference_mode(False):  # read where it is captured
+        with lasting():  # read where it is captured
             self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
@@ -50,8 +51,7 @@ class GraphedStep:
         output = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @lasting()
     def _capture(self) -> None:
         # Not in inference mode: torch makes the random state of all captures at the first one, and as an inference tensor
         # it would break every later capture outside that mode, the caller's own included (pytorch issue 166792).
