@@ -99,9 +99,9 @@ def build_model(cls: type[M], config: FitConfig, **fields: Any) -> M:
         )
     else:
         # What the saved configuration has no field for, such as a head's dropout, is handed back, not set.
-        base, heads = LongNetConfig.from_pretrained(  # pyrefly: ignore
-            config.pretrained, return_unused_kwargs=True, **overrides
-        )
+        wanted: dict[str, Any] = {"return_unused_kwargs": True, **overrides}
+        loaded: Any = LongNetConfig.from_pretrained(config.pretrained, **wanted)
+        base, heads = loaded
         for name, value in heads.items():
             setattr(base, name, value)
         require_bytes(tokenizer_of_model(config.pretrained, base.vocab_size), "pretrained")
