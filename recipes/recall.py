@@ -29,7 +29,7 @@ from variants import Variant, build, dense
 from longnet import DilatedPattern, HierarchicalPattern, LongNetForCausalLM
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 
-SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.05}
 TREE = HierarchicalPattern(block=16, radix=4, window_blocks=2, guard=1, top_k=4, beam=8)
 BUDGETS = (1, 2, 4, 8)
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--doublings", type=int, default=4, help="tests up to 2^this times that")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--texts", type=int, default=64, help="texts of a test")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument(

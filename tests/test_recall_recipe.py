@@ -91,8 +91,10 @@ def seen_from_the_end(name, length=256):
     model = variants.build(recall.variants()[name], 0, **recall.SIZE)
     layer = model.model.layers[0].attention
     torch.nn.init.zeros_(layer.key_conv)  # it reaches three tokens farther
-    hidden = torch.randn(1, length, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    rotary = rotary_angles(torch.arange(length)[None], 32, 10_000.0)
+    hidden = torch.randn(
+        1, length, recall.SIZE["hidden_size"], generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    rotary = rotary_angles(torch.arange(length)[None], 64, 10_000.0)
     layer(hidden, rotary)[0, -1].sum().backward()
     return hidden.grad[0].abs().amax(1) > 0
 
@@ -122,7 +124,7 @@ def test_only_angles_tell_a_dense_model_where_a_key_lies():
         from longnet.model.layers import rotary_angles
 
         torch.nn.init.zeros_(layer.key_conv)
-        rotary = rotary_angles(torch.arange(40)[None], 32, 10_000.0)
+        rotary = rotary_angles(torch.arange(40)[None], 64, 10_000.0)
         embedded = [model.model.embed_tokens(x) for x in (ids, swapped)]
         a, b = (layer(x, rotary)[0, -1] for x in embedded)
         assert torch.allclose(a, b, atol=1e-6) == same
