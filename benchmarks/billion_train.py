@@ -121,34 +121,31 @@ def estimate(model: LongNetForCausalLM, ids: np.ndarray, options: argparse.Names
 
 
 def choose(model: LongNetForCausalLM, ids: np.ndarray, options: argparse.Namespace, facts: dict) -> dict:
-    """Estimates with and without compiled token-wise work. The model is left as the faster way needs it."""
-    found = [estimate(model, ids, options, "eager")]
-    if options.compile:
-        methods = [(layer, layer.attention_norm._compiled_call_impl) for layer in model.model.layers]
-        compile_token_work(model)
-        try:
-            found.append(estimate(model, ids, options, "compiled"))
-        except Exception as error:  # a compiler that fails must not end a run that can go on without it
-            facts["compile_error"] = f"{type(error).__name__}: {error}"[:2000]
-            print("not compiled:", facts["compile_error"], flush=True)
-        else:
-            eager, compiled = (x["gradients"] for x in found)
-            difference = facts["compiled_to_eager_gradients"] = (
-                (compiled - eager).norm() / eager.norm()
-            ).item()
-            print("relative difference of compiled gradients:", difference, flush=True)
-            # Two roundings of one gradient differ by at most the sum of their errors.
-            if difference > 2 * facts["gradient_errors"]["whole"] + 1e-5:
-                found[1]["seconds"] = float("inf")
-        if found[-1]["seconds"] >= found[0]["seconds"]:
-            for layer, impl in methods:
-                layer.attention_norm._compiled_call_impl = impl
-                for owner, method in ((layer, "_feed_forward"), (layer.attention, "_project")):
-                    owner.__dict__.pop(method, None)
-    for way in found:
-        del way["gradients"]
-    facts["estimates"] = found
-    return min(found, key=lambda way: way["seconds"])
+    """The faster of eager and compiled token-wise work, by estimates; the model is left as it needs it."""
+    eager = estimate(model, ids, options, "eager")
+    facts["estimates"], best, wanted = [eager], eager, eager.pop("gradients")
+    if not options.compile:
+        return eager
+    before = [(layer, layer.attention_norm._compiled_call_impl) for layer in model.model.layers]
+    compile_token_work(model)
+    try:
+        compiled = estimate(model, ids, options, "compiled")
+        difference = ((compiled.pop("gradients") - wanted).norm() / wanted.norm()).item()
+        compiled["to_eager_gradients"] = difference
+        print("relative difference of compiled gradients:", difference, flush=True)
+        facts["estimates"].append(compiled)
+        # Two roundings of one gradient differ by at most the sum of their errors.
+        equal = difference <= 2 * facts["gradient_errors"]["whole"] + 1e-5
+        best = compiled if equal and compiled["seconds"] < eager["seconds"] else eager
+    except Exception as error:  # a compiler that fails must not end a run that can go on without it
+        facts["compile_error"] = f"{type(error).__name__}: {error}"[:2000]
+        print("not compiled:", facts["compile_error"], flush=True)
+    if best is eager:
+        for layer, call in before:
+            layer.attention_norm._compiled_call_impl = call
+            for owner, method in ((layer, "_feed_forward"), (layer.attention, "_project")):
+                vars(owner).pop(method, None)
+    return best
 
 
 def train(
