@@ -111,8 +111,9 @@ def main() -> None:
     )
     parser.add_argument("--chunk", type=int, default=131072)
     parser.add_argument(
-        "--compile", action="store_true", help="train: compiled token-wise work, if it is the faster"
-    )
+        "--compile", type=int, nargs="?", const=120, default=0, metavar="SECONDS",
+        help="train: compiled token-wise work, if that is the faster and ready in so many seconds",
+    )  # fmt: skip
     parser.add_argument("--residual", choices=["fp32", "bf16"], default="fp32", help="train: hidden states")
     parser.add_argument(
         "--fresh", action="store_true", help="train: every step on the next tokens, not on the same"

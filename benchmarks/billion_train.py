@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from longnet.train.compiled import compile_token_work
 
 # Seconds between two lines of progress.
 EVERY = 10
+# Of the time that is left a step may be planned to take so much.
+SHARE = 0.96
 
 
 def as_tensor(ids: np.ndarray) -> torch.Tensor:
@@ -120,16 +124,37 @@ def estimate(model: LongNetForCausalLM, ids: np.ndarray, options: argparse.Names
     return {"name": name, "forward": forward, "backward": backward, "seconds": seconds, "gradients": flat}
 
 
-def choose(model: LongNetForCausalLM, ids: np.ndarray, options: argparse.Namespace, facts: dict) -> dict:
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """TimeoutError after so many seconds, as soon as Python has its turn."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def choose(
+    model: LongNetForCausalLM, ids: np.ndarray, options: argparse.Namespace, facts: dict, deadline: float
+) -> dict:
     """The faster of eager and compiled token-wise work, by estimates; the model is left as it needs it."""
     eager = estimate(model, ids, options, "eager")
     facts["estimates"], best, wanted = [eager], eager, eager.pop("gradients")
-    if not options.compile:
+    left = (deadline - time.perf_counter()) * SHARE
+    # Where the step fits as it is, and no more if the compiler takes all it may: the step comes first.
+    if not options.compile or left - options.compile < eager["seconds"] * options.steps <= left:
         return eager
     before = [(layer, layer.attention_norm._compiled_call_impl) for layer in model.model.layers]
     compile_token_work(model)
     try:
-        compiled = estimate(model, ids, options, "compiled")
+        with at_most(options.compile):
+            compiled = estimate(model, ids, options, "compiled")
         difference = ((compiled.pop("gradients") - wanted).norm() / wanted.norm()).item()
         compiled["to_eager_gradients"] = difference
         print("relative difference of compiled gradients:", difference, flush=True)
@@ -156,9 +181,9 @@ def train(
     if options.residual == "bf16":
         low_residual(model, options.device)
     facts["gradient_errors"] = check(model, ids, options.device)
-    way = choose(model, ids, options, facts)
     deadline = began + options.max_seconds
-    while options.shrink and way["seconds"] > 0.96 * (deadline - time.perf_counter()):
+    way = choose(model, ids, options, facts, deadline)
+    while options.shrink and way["seconds"] > SHARE * (deadline - time.perf_counter()):
         options.tokens, way["seconds"] = options.tokens // 2, way["seconds"] / 2
         print(
             f"too long for --max-seconds: {options.tokens:,} tokens, about {way['seconds']:.0f} s", flush=True
