@@ -2,7 +2,7 @@
 
     python benchmarks/billion.py read  --preset base --tokens 1000000000 --max-seconds 540 --state /tmp/read     # again: goes on
     python benchmarks/billion.py train --layers 4 --width 256 --tokens 1000000000 --chunk 1048576
-    python benchmarks/billion.py train --preset base --tokens 134217728 --chunk 524288
+    python benchmarks/billion.py train --preset base --tokens 134217728 --steps 1 --compile --residual bf16 --shrink
     python benchmarks/billion.py checkpoint --preset base --tokens 65536 1048576 3145728 --compare 2097152
 
 `checkpoint` is ordinary training, the whole sequence at once: layers recomputed in the backward pass, token-wise work in
@@ -18,9 +18,7 @@ recomputation is not counted), over the 989 TFLOP/s that NVIDIA states for dense
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
 import sysconfig
 import time
 from pathlib import Path
@@ -28,67 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from longnet import DilatedPattern, LongNetCache, LongNetConfig, LongNetForCausalLM, text
-from longnet.model.tiles import set_tile
-from longnet.train.chunked import chunked_backward
+from billion_checkpoint import checkpoint
+from billion_setup import PEAK, build, corpus, memory
+from billion_train import train
+from longnet import LongNetCache
 from longnet.train.evaluate import stream
 from run import environment
-
-PEAK = 989e12
-SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".inc", ".md", ".rst", ".txt"}
-
-
-def corpus(path: Path, size: int, root: Path) -> tuple[np.ndarray, int]:
-    """uint16 ids (size,) kept in `path`, and how many of them are distinct text."""
-    distinct = path.with_suffix(".json")
-    if path.exists() and distinct.exists() and path.stat().st_size == 2 * size:
-        return np.memmap(path, np.uint16, "r"), json.loads(distinct.read_text())
-    ids = np.memmap(path, np.uint16, "w+", shape=(size,))
-    filled = 0
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        for name in sorted(names):
-            file = Path(folder, name)
-            if file.suffix not in SUFFIXES or file.is_symlink():
-                continue
-            try:
-                data = np.frombuffer(file.read_bytes(), np.uint8)[: size - filled]
-            except OSError:
-                continue
-            ids[filled : filled + len(data)] = data.astype(np.uint16) + text.FIRST_BYTE
-            filled += len(data)
-        if filled == size:
-            break
-    if not filled:
-        raise SystemExit(f"--root: expected source files below {root}; found none")
-    distinct.write_text(json.dumps(filled))
-    for begin in range(filled, size, filled):
-        ids[begin : begin + filled] = ids[: min(filled, size - begin)]
-    return ids, filled
-
-
-def build(options: argparse.Namespace, tokens: int) -> LongNetForCausalLM:
-    pattern = DilatedPattern.geometric(tokens, window=2048, ratio=4)
-    spec = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
-    if options.preset:
-        config = LongNetConfig.preset(options.preset, **spec)
-    else:
-        heads = max(1, options.width // 64)
-        config = LongNetConfig(
-            hidden_size=options.width, intermediate_size=-(-options.width * 8 // 3 // 64) * 64,
-            num_hidden_layers=options.layers, num_attention_heads=heads, **spec,
-        )  # fmt: skip
-    torch.manual_seed(0)
-    return LongNetForCausalLM(config).to(options.device)
-
-
-def memory(device: str) -> float:
-    """GiB at most since the last question."""
-    if device != "cuda":
-        return 0.0
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
 
 
 def read(options: argparse.Namespace, ids: np.ndarray, facts: dict) -> dict:
@@ -143,259 +86,6 @@ def read(options: argparse.Namespace, ids: np.ndarray, facts: dict) -> dict:
     }  # fmt: skip
 
 
-def check(model: LongNetForCausalLM, ids: np.ndarray, device: str) -> dict:
-    """Relative errors of all gradients on the first 65,536 tokens, against one backward pass over all of them in fp32.
-
-    Raises SystemExit if those of the chunked pass exceed twice those of one pass in the same precision.
-    """
-    tokens = torch.from_numpy(np.asarray(ids[:65537]).astype(np.int64))[None].to(device)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-
-    def gradients(chunk: int | None, low: bool) -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=low):
-            if chunk:
-                chunked_backward(model, inputs, targets, chunk)
-            else:
-                model.token_losses(inputs, targets=targets).mean().backward()
-        return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
-
-    exact, low = gradients(None, False), device == "cuda"
-    errors = {
-        name: ((gradients(chunk, low) - exact).norm() / exact.norm()).item()
-        for name, chunk in (("whole", None), ("chunks_of_8192", 8192), ("chunks_of_10000", 10000))
-    }
-    print("relative gradient errors:", errors, flush=True)
-    if max(errors.values()) > 2 * errors["whole"] + 1e-5:
-        raise SystemExit(f"chunked gradients are off: {errors}; not timed")
-    return errors
-
-
-def train(options: argparse.Namespace, ids: np.ndarray, facts: dict) -> dict:
-    """Steps of AdamW by `chunked_backward` on the same text: loss, seconds and memory of each."""
-    model = build(options, options.tokens).train()
-    facts["gradient_errors"] = check(model, ids, options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate)
-    # 16 bits a token: int64 would be 8 GB. Copied, because a file opened for reading cannot be a tensor.
-    tokens = torch.from_numpy(np.array(ids).view(np.int16))[None]
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    steps, deadline = [], time.perf_counter() + options.max_seconds
-    for step in range(options.steps):
-        if step and time.perf_counter() + steps[-1]["seconds"] > deadline:
-            break
-        began = shown = time.perf_counter()
-
-        def show(done: int, todo: int, step: int = step, began: float = began) -> None:
-            nonlocal shown
-            # The host runs ahead of the device: what is shown every 10 seconds is what has been launched.
-            now = time.perf_counter()
-            if now - shown > 10 or done == todo:
-                shown = now
-                print(f"step {step}: {done} of {todo} chunks, {now - began:.0f} s", flush=True)
-
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
-            loss = chunked_backward(model, inputs, targets, options.chunk, on_chunk=show)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        steps.append({"loss": loss.item(), "gradient_norm": norm.item(), "seconds": time.perf_counter() - began,
-                      "peak_gib": memory(options.device)})  # fmt: skip
-        print(steps[-1], flush=True)
-    flops = model.config.flops_per_token(options.tokens) * inputs.shape[1]
-    best = min(s["seconds"] for s in steps)
-    return facts | {"parameters": model.num_parameters(), "trained": inputs.shape[1], "chunk": options.chunk, "steps": steps,
-                    "tokens_per_second": inputs.shape[1] / best, "mfu": flops / best / PEAK}  # fmt: skip
-
-
-def checkpointed(options: argparse.Namespace, tokens: int) -> LongNetForCausalLM:
-    """The model of `build`, its layers recomputed, in tiles, hidden states in bf16 wherever autocast is on."""
-    model = build(options, tokens).train()
-    model.gradient_checkpointing_enable()
-    set_tile(model, options.tile)
-
-    def low(module: torch.nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
-        return out.bfloat16() if torch.is_autocast_enabled(options.device) else out
-
-    # Autocast leaves the embedding in fp32, and with it the residual stream: twice the memory of every layer checkpoint.
-    model.model.embed_tokens.register_forward_hook(low)
-    return model
-
-
-def gradients(
-    model: LongNetForCausalLM, ids: np.ndarray, device: str, chunk: int | None, low: bool = True
-) -> torch.Tensor:
-    """All gradients of the mean loss on `ids`, one vector (fp32, on the host); whole, or in chunks."""
-    tokens = torch.from_numpy(np.asarray(ids).astype(np.int64))[None].to(device)
-    model.zero_grad(set_to_none=True)
-    with torch.autocast(device, torch.bfloat16, enabled=low):
-        if chunk:
-            chunked_backward(model, tokens[:, :-1], tokens[:, 1:], chunk)
-        else:
-            model.token_losses(tokens[:, :-1], targets=tokens[:, 1:]).mean().backward()
-    flat = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
-    model.zero_grad(set_to_none=True)
-    return flat
-
-
-def compare(options: argparse.Namespace, ids: np.ndarray) -> dict:
-    """Chunked gradients against those of recomputed layers: to fp32 on a short text, to one another on --compare tokens."""
-
-    def error(x: torch.Tensor, y: torch.Tensor) -> float:
-        return ((x - y).norm() / y.norm()).item()
-
-    short, result = min(65536, options.compare), {}
-    model = checkpointed(options, short)
-    exact = gradients(model, ids[: short + 1], options.device, None, low=False)
-    whole = gradients(model, ids[: short + 1], options.device, None)
-    chunked = gradients(model, ids[: short + 1], options.device, max(1, short // 8))
-    result["short"] = {"tokens": short, "checkpointed_to_fp32": error(whole, exact), "chunked_to_fp32": error(chunked, exact),
-                       "chunked_to_checkpointed": error(chunked, whole)}  # fmt: skip
-    print("gradients:", result["short"], flush=True)
-    model = checkpointed(options, options.compare)
-    memory(options.device)
-    part = ids[: options.compare + 1]
-    whole = gradients(model, part, options.device, None)
-    result["peak_gib_checkpointed"] = memory(options.device)
-    chunked = gradients(model, part, options.device, options.chunk)
-    result["peak_gib_chunked"] = memory(options.device)
-    result |= {
-        "tokens": options.compare,
-        "chunk": options.chunk,
-        "chunked_to_checkpointed": error(chunked, whole),
-    }
-    # Two roundings of one gradient differ by at most the sum of their errors; twice that is left for the longer text.
-    result["at_most"] = 2 * (result["short"]["checkpointed_to_fp32"] + result["short"]["chunked_to_fp32"])
-    result["equal"] = result["chunked_to_checkpointed"] <= result["at_most"]
-    print("gradients:", result, flush=True)
-    return result
-
-
-def steps_at(options: argparse.Namespace, ids: np.ndarray, tokens: int, count: int, deadline: float) -> dict:
-    """`count` AdamW steps on the first `tokens` tokens after one that is not timed on at most 65,536 of them."""
-    model = checkpointed(options, tokens)
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate)
-    text_ids = torch.from_numpy(np.asarray(ids[: tokens + 1]).astype(np.int64))[None].to(options.device)
-    steps: list[dict] = []
-
-    def step(length: int) -> dict:
-        memory(options.device)
-        began = time.perf_counter()
-        with torch.autocast(options.device, torch.bfloat16):
-            loss = model.token_losses(text_ids[:, :length], targets=text_ids[:, 1 : length + 1]).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "gradient_norm": norm.item(), "seconds": time.perf_counter() - began,
-                "peak_gib": memory(options.device)}  # fmt: skip
-
-    # Compiles the kernels; the weights are put back, so that the first loss is that of the untrained model.
-    untrained = {name: value.clone() for name, value in model.state_dict().items()}
-    step(min(tokens, 65536))
-    model.load_state_dict(untrained)
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate)
-    for _ in range(count):
-        steps.append(step(tokens))
-        print(f"{tokens:>12,} tokens", steps[-1], flush=True)
-        if time.perf_counter() + steps[-1]["seconds"] > deadline:
-            break
-    best = min(s["seconds"] for s in steps)
-    flops = model.config.flops_per_token(tokens) * tokens
-    return {"tokens": tokens, "steps": steps, "tokens_per_second": tokens / best, "mfu": flops / best / PEAK,
-            "peak_gib": max(s["peak_gib"] for s in steps), "parameters": model.num_parameters()}  # fmt: skip
-
-
-def attempt(options: argparse.Namespace, ids: np.ndarray, tokens: int, count: int, deadline: float) -> dict:
-    """`steps_at`, or what it said when the memory was not enough."""
-    try:
-        return steps_at(options, ids, tokens, count, deadline)
-    except torch.OutOfMemoryError as error:
-        message = str(error).split(". ")[0]
-    # After the except block: the traceback holds the tensors of every frame.
-    gc.collect()
-    if options.device == "cuda":
-        torch.cuda.empty_cache()
-        memory(options.device)
-    print(f"{tokens:>12,} tokens do not fit: {message}", flush=True)
-    return {"tokens": tokens, "error": message}
-
-
-def next_length(rows: list[dict], largest: int, unit: int) -> int | None:
-    """The next length to try: the double of the longest that fits, then halfway to the shortest that does not.
-
-    Multiples of `unit`. None: the border is known to a twentieth, or `largest` fits.
-    """
-    fits = max((row["tokens"] for row in rows if "error" not in row), default=0)
-    fails = min((row["tokens"] for row in rows if "error" in row), default=None)
-    if not fits or fits >= largest:
-        return None
-    if fails is None:
-        return min(2 * fits, largest)
-    middle = (fits + fails) // 2 // unit * unit
-    return None if fails - fits <= fits // 20 or middle <= fits else middle
-
-
-def table(result: dict) -> str:
-    lines = [
-        f"{result['device']}, torch {result['torch']}, {result['date']}; layers recomputed, tiles of {result['tile']} "
-        "tokens, bf16 autocast and residual stream, fp32 weights and AdamW; recomputation is not counted in MFU",
-        "",
-        "| tokens | tokens/s | MFU | peak GiB | seconds of the best step | loss of every step |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in sorted(result["rows"], key=lambda row: row["tokens"]):
-        if "error" in row:
-            lines.append(f"| {row['tokens']:,} | | | | | does not fit: {row['error']} |")
-            continue
-        losses = " ".join(f"{step['loss']:.3f}" for step in row["steps"])
-        best = min(step["seconds"] for step in row["steps"])
-        speed = f"{row['tokens_per_second']:,.0f} | {100 * row['mfu']:.1f} %"
-        lines.append(f"| {row['tokens']:,} | {speed} | {row['peak_gib']:.1f} | {best:.2f} | {losses} |")
-    if found := result.get("compare"):
-        short = found["short"]
-        lines += [
-            "",
-            f"Gradients at {found['tokens']:,} tokens, chunks of {found['chunk']:,} against recomputed layers, both bf16: "
-            f"{found['chunked_to_checkpointed']:.4f}; at {short['tokens']:,} tokens to fp32: chunks "
-            f"{short['chunked_to_fp32']:.4f}, layers {short['checkpointed_to_fp32']:.4f}",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def checkpoint(options: argparse.Namespace, ids: np.ndarray, facts: dict, name: str) -> dict:
-    """Every length of --tokens, --compare, then the longest that fits; files are written anew after each."""
-    deadline = time.perf_counter() + options.max_seconds
-    result = facts | {"tile": options.tile, "rows": []}
-
-    def write() -> None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{name}.json").write_text(json.dumps(result, indent=1))
-        (options.out / f"{name}.md").write_text(table(result))
-
-    for tokens in options.tokens:
-        result["rows"].append(attempt(options, ids, tokens, options.steps, deadline))
-        write()
-    if options.compare:
-        result["compare"] = compare(options, ids)
-        write()
-    while (tokens := next_length(result["rows"], options.largest, min(options.tokens))) is not None:
-        seconds = max(
-            max(s["seconds"] for s in row["steps"]) / row["tokens"]
-            for row in result["rows"]
-            if "steps" in row
-        )
-        if time.perf_counter() + seconds * tokens > deadline:
-            result["stopped"] = f"no time for {tokens:,} tokens"
-            break
-        result["rows"].append(attempt(options, ids, tokens, 1, deadline))
-        write()
-    write()
-    print((options.out / f"{name}.md").read_text())
-    if options.compare and not result["compare"]["equal"]:
-        raise SystemExit(f"chunked gradients are off: {result['compare']}")
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -420,9 +110,20 @@ def main() -> None:
         "--largest", type=int, default=2**23, help="checkpoint: where the search for the longest ends"
     )
     parser.add_argument("--chunk", type=int, default=131072)
+    parser.add_argument(
+        "--compile", type=int, nargs="?", const=120, default=0, metavar="SECONDS",
+        help="train: compiled token-wise work, if that is the faster and ready in so many seconds",
+    )  # fmt: skip
+    parser.add_argument("--residual", choices=["fp32", "bf16"], default="fp32", help="train: hidden states")
+    parser.add_argument(
+        "--fresh", action="store_true", help="train: every step on the next tokens, not on the same"
+    )
+    parser.add_argument(
+        "--shrink", action="store_true", help="train: halve --tokens until a step fits --max-seconds"
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--max-seconds", type=float, default=540)
+    parser.add_argument("--max-seconds", type=float, default=540, help="train: preparation included")
     parser.add_argument("--state", type=Path, default=Path("/tmp/longnet-billion"), help="where a read stops")
     parser.add_argument(
         "--text", type=Path, default=Path("/dev/shm/longnet-text"), help="where the ids are kept"
@@ -438,6 +139,8 @@ def main() -> None:
             raise SystemExit(f"--tokens: expected one length for {options.what}; got {lengths}")
         options.tokens = lengths[0]
     size = max(*lengths, options.largest, options.compare) + 1 if several else options.tokens
+    if options.what == "train":
+        size = options.tokens * (options.steps if options.fresh else 1) + 1
     ids, distinct = corpus(options.text, size, options.root)
     facts = environment(options.device) | {
         "what": options.what,
@@ -449,10 +152,18 @@ def main() -> None:
     if several:
         checkpoint(options, ids, facts, name)
         return
-    result = {"read": read, "train": train}[options.what](options, ids, facts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1))
-    print({key: value for key, value in result.items() if key not in ("marks", "bits", "steps")})
+
+    def write(result: dict) -> None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"{name}.json").write_text(json.dumps(result, indent=1))
+        print(
+            {key: value for key, value in result.items() if key not in ("marks", "bits", "steps")}, flush=True
+        )
+
+    if options.what == "train":
+        train(options, ids, facts, began, write)
+    else:
+        write(read(options, ids, facts))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,20 @@ def simulated() -> None:
         moved = hierarchical_traffic(tree, 4, 64, blocks, count // 2)
         line["hierarchical_forward_bytes_per_layer"] = moved.forward
         line["hierarchical_backward_bytes_per_layer"] = moved.backward
+        loads = [tree_work(tree, blocks, rank) for rank in range(count)]
+        line["hierarchical_most_loaded_over_mean"] = round(max(loads) * count / sum(loads), 4)
+        line["hierarchical_least_loaded_over_mean"] = round(min(loads) * count / sum(loads), 4)
         print(json.dumps(line))
+
+
+def tree_work(tree: HierarchicalPattern, shards: Shards, rank: int) -> int:
+    """Operations of one head and channel for 64 blocks spread evenly over a rank's shard."""
+    begin, end = (b // tree.block for b in shards.span(rank))
+    total = 0
+    for i in range(64):
+        scored, attended = tree.keys_per_query((begin + (end - begin) * i // 64 + 1) * tree.block)
+        total += 4 * attended + (2 * scored if tree.top_k else 0)
+    return total
 
 
 def median_ms(function, repeats: int) -> float:

@@ -112,7 +112,8 @@ def test_the_peak_of_a_step(recompute, monkeypatch):
 def test_the_rows_that_the_chunked_pass_keeps(chunk, tokens):
     store = ChunkStore(small(2), 2, tokens, chunk, "cpu", torch.bfloat16)
     store.begin(0, reverse=True)
-    assert store.nbytes() == Job(config=small(2), tokens=tokens, batch=2).rows(chunk)
+    job = Job(config=small(2), tokens=tokens, batch=2)
+    assert store.nbytes() == job.rows(chunk) + job.row_gradients(chunk)
 
 
 def test_weights_gradients_and_moments():
@@ -140,7 +141,10 @@ def test_the_recorded_training_step_of_a_billion_tokens():
     record = json.loads((RECORDS / "train-4x256-1000000000.json").read_text())
     job, chunk = Job(config=four_by_256(), tokens=record["trained"]), record["chunk"]
     assert job.config.num_parameters() == record["parameters"]
-    memory = job.kept(chunk, False) + job.working(chunk, False) + job.rows(chunk) + 16 * record["parameters"]
+    # At that time the gradients of all rows were kept, 8 bytes for 4 of a key and a value.
+    memory = (
+        job.kept(chunk, False) + job.working(chunk, False) + 3 * job.rows(chunk) + 16 * record["parameters"]
+    )
     assert memory / GIB == pytest.approx(record["steps"][0]["peak_gib"], rel=0.15)
 
 
@@ -167,7 +171,7 @@ def test_what_is_picked_needs_less_memory_the_longer_the_sequence():
     )
     assert offloaded.name.endswith("offloaded")
     assert offloaded.options["offload"]
-    assert offloaded.host > 12 * GIB
+    assert offloaded.host > 4 * GIB
     assert reason.startswith("needs about")
     assert "whole needs" in reason
 
@@ -183,7 +187,8 @@ def test_the_chosen_chunk_is_the_best_one_and_grows_with_the_root_of_the_length(
         assert 2**16 <= chunks[1] <= 2**22
 
         def memory(chunk, recompute=recompute):
-            return jobs[1].kept(chunk, recompute) + jobs[1].working(chunk, recompute) + jobs[1].rows(chunk)
+            rows = jobs[1].rows(chunk) + jobs[1].row_gradients(chunk)
+            return jobs[1].kept(chunk, recompute) + jobs[1].working(chunk, recompute) + rows
 
         assert memory(chunks[1]) == min(memory(2**i) for i in range(11, 28))
     assert best_chunk(Job(config=config, tokens=1000)) == 1000

@@ -115,7 +115,7 @@ class Job:
         return tokens * self.config.num_hidden_layers * layer
 
     def rows(self, chunk: int) -> int:
-        """Bytes of the keys, values and gradients that the chunked pass keeps, and of hierarchical states at the borders."""
+        """Bytes of the keys and values that the chunked pass keeps, and of hierarchical states at the borders."""
         kinds = self.config.attention_kinds()
         pattern, heads, key_heads = self._pattern()
         count = 0
@@ -124,7 +124,7 @@ class Job:
                 segments = -(-self.tokens // w)
                 rows = segments * pattern.rows(w, r) if segments > 1 else -(-self.tokens // r)
                 count += rows * len(pattern.slots(r, heads, key_heads))
-        dilated = kinds.count("dilated") * count * self.config.head_dim * (2 * self.element + 8)
+        dilated = kinds.count("dilated") * count * self.config.head_dim * 2 * self.element
         hierarchical = kinds.count("hierarchical")
         if hierarchical:
             state = state_bytes(self.config.hierarchical_pattern(), self.config, self.tokens, self.element)
@@ -141,16 +141,19 @@ class Job:
         )
         return self.batch * rows * self.config.head_dim
 
+    def row_gradients(self, chunk: int) -> int:
+        """Bytes of the gradients of kept rows, fp32: one segment of every branch and layer, and one set to spare."""
+        layers = self.config.attention_kinds().count("dilated")
+        return (layers + 1) * self.windows(chunk) * 8
+
     def staged(self, chunk: int) -> int:
         """Bytes on the device where rows are kept by the host: of two layers, the segments where a chunk begins and ends."""
-        return 2 * 2 * self.windows(chunk) * (2 * self.element + 8)
+        return 2 * 2 * self.windows(chunk) * 2 * self.element
 
     def copied(self, chunk: int) -> int:
-        """Bytes that travel between host and device for one layer and chunk.
-
-        Keys and values: two segments in and one out on the way there, twice one in on the way back. Gradients: two in, one out.
-        """
-        return self.windows(chunk) * (5 * 2 * self.element + 3 * 8)
+        """Bytes that travel between host and device for one layer and chunk: keys and values, two segments in and one out on
+        the way there, twice one in on the way back."""
+        return self.windows(chunk) * 5 * 2 * self.element
 
     def _pattern(self) -> tuple[Any, int, int]:
         return self.config.pattern(), self.config.num_attention_heads, self.config.num_key_value_heads
@@ -179,8 +182,9 @@ def best_chunk(job: Job, recompute: bool = False, limit: float = math.inf) -> in
         return job.kept(n, recompute) + job.working(n, recompute)
 
     if limit < math.inf:
-        return next((c for c in sizes if activations(c) + job.staged(c) <= limit), sizes[-1])
-    return min(sizes, key=lambda chunk: activations(chunk) + job.rows(chunk))
+        found = (c for c in sizes if activations(c) + job.row_gradients(c) + job.staged(c) <= limit)
+        return next(found, sizes[-1])
+    return min(sizes, key=lambda chunk: activations(chunk) + job.row_gradients(chunk) + job.rows(chunk))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +309,9 @@ def _strategy(name: str, job: Job, machine: Machine) -> Strategy:
     n = chunk * job.batch
     memory |= {"activations": job.kept(n, recompute), "working set": job.working(n, recompute)}
     rows = job.rows(chunk) if chunked else 0
-    memory["kept rows"] = job.staged(chunk) if offload else rows
+    memory["kept rows"] = 0
+    if chunked:
+        memory["kept rows"] = job.row_gradients(chunk) + (job.staged(chunk) if offload else rows)
     forward, backward = _exchange(job, ranks)
     memory["exchange"] = forward * (1 if recompute else config.num_hidden_layers) + backward
     flops = _flops(job, chunk if chunked else job.tokens, recompute, recompute and n > TILE) / ranks

@@ -83,6 +83,17 @@ def test_memory_keeps_only_what_later_chunks_can_see():
     assert store.nbytes() == 2 * 2 * 8 * 8 * slots * 4096 // 16
 
 
+def test_gradients_of_rows_are_kept_for_one_segment_whatever_the_length():
+    sizes = []
+    for tokens in (1000, 16000):
+        store = ChunkStore(model().config, 1, tokens, 32, "cpu", torch.float64)
+        kept = store.nbytes()
+        store.begin(0, reverse=True)
+        sizes.append((kept, store.nbytes() - kept))
+    assert sizes[1][0] > 15 * sizes[0][0]
+    assert sizes[1][1] == sizes[0][1] > 0
+
+
 def tree_model(attention, key_conv=4, dtype=torch.float64, retention=(24, 12)):
     torch.manual_seed(0)
     tree = {

@@ -188,17 +188,25 @@ def test_bf16_autocast_trains_and_resumes_bit_for_bit(config, tmp_path):
 
 def test_options_that_save_memory_or_time_do_not_change_the_run(config, tmp_path, monkeypatch):
     train(dataclasses.replace(config, output=tmp_path / "plain"))
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager", fullgraph=True))
+    real, compiled = torch.compile, []
+
+    def one_graph(function, **options):
+        compiled.append(function)
+        return real(function, backend="eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", one_graph)
     same = {
         "checkpointed": {"gradient_checkpointing": True},
         "tiled": {"gradient_checkpointing": True, "tile_tokens": 7},
         "compiled": {"compile": True},
+        "chunked and compiled": {"compile": True, "sequence_strategy": "chunked", "chunk_tokens": 24},
         "split": {"batch_size": 1, "accumulation": 2},
     }
     expected = [r["loss"] for r in records(tmp_path / "plain")]
     for name, options in same.items():
+        compiled.clear()
         train(dataclasses.replace(config, output=tmp_path / name, **options))
+        assert bool(compiled) == ("compile" in options)
         assert [r["loss"] for r in records(tmp_path / name)] == pytest.approx(expected, rel=1e-4), name
 
 

@@ -32,12 +32,8 @@ class KeptRows(Protocol):
         """Per branch the keys and values of the segment in which the chunk begins."""
         ...
 
-    def gradients(self) -> Sequence[Buffers]:
+    def gradients(self) -> tuple[Buffers, Buffers]:
         """Gradients of the same, to be added to in place, and of the rows of the segment in which the chunk ends."""
-        ...
-
-    def add(self, gradients: Buffers) -> None:
-        """Keep the first of `gradients()`, which has been added to."""
         ...
 
 
@@ -85,7 +81,6 @@ class ChunkAttention(torch.autograd.Function):
             for total, source in zip((dk, dv), own_grads[run.branch], strict=True):
                 target = view(total, run.heads, key_head, step[0], token, step[2], run.tokens, run.rate)
                 target.add_(view(source, run.heads, slot, step[1], row, step[3], run.rows, 1))
-        kept.add(before_grads)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 

@@ -20,14 +20,14 @@ from longnet.attention.hierarchical_recurrent import RecurrentState
 from longnet.attention.hierarchical_torch import Parameters
 from longnet.attention.recurrent import attend_chunk
 from longnet.patterns import DilatedPattern
-from longnet.train.rows import DeviceRows, HostRows
+from longnet.train.rows import DeviceRows, GradientRows, HostRows
 
 
 class _KeptRows(NamedTuple):
     """What `attend_chunk` needs of the rows that one layer keeps, for a chunk from `start` to `last`."""
 
     kept: DeviceRows
-    kept_gradients: DeviceRows
+    kept_gradients: GradientRows
     layer: int
     start: int
     last: int
@@ -35,19 +35,16 @@ class _KeptRows(NamedTuple):
     def rows(self, backward: bool) -> Buffers:
         return self.kept.take(self.layer, (self.start,), self.layer + (-1 if backward else 1))[0]
 
-    def gradients(self) -> list[Buffers]:
-        return self.kept_gradients.take(self.layer, (self.start, self.last), self.layer - 1)
-
-    def add(self, gradients: Buffers) -> None:
-        self.kept_gradients.give(self.layer, self.start, gradients)
+    def gradients(self) -> tuple[Buffers, Buffers]:
+        return self.kept_gradients.take(self.layer, self.start, self.last)
 
 
 class ChunkStore:
     """The kept rows of all layers and their gradients; stands where a model expects its cache.
 
-    A branch is kept if one of its segments crosses a border between chunks. Gradients are fp32 of the shape of keys and values,
-    made when the reverse pass begins; with `offload` both lie in host memory. A hierarchical layer has a `RecurrentState` of
-    its own instead.
+    A branch is kept if one of its segments crosses a border between chunks. Gradients are fp32, of one segment a branch, made
+    when the reverse pass begins; with `offload` keys and values lie in host memory. A hierarchical layer has a
+    `RecurrentState` of its own instead.
     """
 
     differentiable = True
@@ -89,12 +86,10 @@ class ChunkStore:
             if kind == "dilated":
                 self.index[layer] = len(self.index)
 
-        def make(of: torch.dtype) -> DeviceRows:
-            return home(self.pattern, len(self.index), shapes, of, device)
-
-        self.rows = make(dtype)
-        self._make_gradients = lambda: make(torch.promote_types(dtype, torch.float32))
-        self.gradients: DeviceRows | None = None
+        self.rows = home(self.pattern, len(self.index), shapes, dtype, device)
+        work = torch.promote_types(dtype, torch.float32)
+        self._make_gradients = lambda: GradientRows(self.pattern, len(self.index), shapes, work, device)
+        self.gradients: GradientRows | None = None
 
     def _shape(self, w: int, r: int, batch: int, num_tokens: int) -> tuple[int, int, int, int]:
         """(segments, B, rows, slots) of a branch."""
@@ -183,7 +178,7 @@ def chunked_backward(
         chunk: tokens recomputed at once, a multiple of the shortest segments saves rows; see `plan.best_chunk`.
         dtype: of the kept rows; None is the autocast dtype if autocast is on, else the dtype of the weights.
         scale: factor on the gradients, not on the loss that is returned.
-        offload: keep rows and their gradients in host memory (pinned for a GPU); dilated layers only.
+        offload: keep rows in host memory (pinned for a GPU); dilated layers only.
         on_chunk: called with (chunks done, chunks to do), both passes counted.
 
     Raises:

@@ -14,6 +14,7 @@ from longnet.integrations.tokenizer import BYTES, require_bytes
 from longnet.model import LongNetConfig
 from longnet.text import Tokenizer
 from longnet.train import parallelize
+from longnet.train.data import TokenDataset
 
 # May differ between a run and its continuation: they do not change what a step computes.
 _FREE_FIELDS = ("data", "output", "save_every", "keep", "log_every", "resume")
@@ -56,7 +57,7 @@ class TrainConfig:
     bf16: bool | None = None
     """bfloat16 autocast; weights, their gradients and AdamW stay float32. None: on CUDA, not on the CPU."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile the model; under chunked what its layers do to every token alone, which all of them share."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
     tile_tokens: int | None = None
@@ -68,7 +69,7 @@ class TrainConfig:
     chunk_tokens: int | None = None
     """Tokens of a chunk; None takes the size that needs the least memory."""
     offload: bool = False
-    """Under chunked, what later chunks can still see waits in host memory, with its gradients. Under auto it may."""
+    """Under chunked, what later chunks can still see waits in host memory. Under auto it may."""
     seed: int = 0
     """Of initial weights and data order."""
     save_every: int = 200
@@ -128,6 +129,32 @@ def preset_config(preset: str, fields: dict[str, Any]) -> LongNetConfig:
     if unknown:  # a configuration keeps unknown fields without a word
         raise ValueError(f"model: expected fields of LongNetConfig; got {unknown}; its help lists them")
     return LongNetConfig.preset(preset, **fields)
+
+
+def preflight_fields(config: TrainConfig) -> dict[str, Any]:
+    """What all ranks must agree on before they talk: everything that changes a step, and the text itself."""
+    sources, tokenizer, model, problem = "", "", {}, ""
+    try:
+        check(config)
+        meta = TokenDataset(config.data).meta
+        sources, tokenizer = meta["sources"], meta["tokenizer"]
+        model = LongNetConfig.preset(config.preset, **config.model).to_dict()
+    except ValueError as error:
+        problem = str(error)
+    free = {"sequence_parallel": config.sequence_parallel, "save_every": config.save_every}
+    names = ("accumulation", "log_every", "resume", "on_save_error")
+    free |= {name: getattr(config, name) for name in names}
+    fields = {
+        **identity(config),
+        **free,
+        "data": sources,
+        "tokenizer": tokenizer,
+        "problem": problem,
+        "model": json.loads(json.dumps(model, default=str)),
+    }
+    fields["dtype"] = "bfloat16" if config.bf16 else str(config.bf16)
+    fields.pop("device", None)
+    return fields
 
 
 def check(config: TrainConfig) -> None:

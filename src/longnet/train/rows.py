@@ -1,4 +1,5 @@
-"""Where the chunked pass keeps rows of all layers: on the device, or in host memory, copied a layer ahead of the computation."""
+"""Where the chunked pass keeps rows of all layers: on the device, or in host memory, copied a layer ahead of the computation;
+and the gradients of the rows in use."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from longnet.patterns import DilatedPattern
 
 
 class DeviceRows:
-    """Keys and values, or their gradients, of every layer and branch: (segments, B, rows, slots, D), zeros at first.
+    """Keys and values of every layer and branch: (segments, B, rows, slots, D), zeros at first.
 
     `take` gives the segments of a layer that hold some tokens, for every branch a pair; `give` hands one of them back,
     changed. Here they are views. `shapes` holds the five numbers of every branch; a branch that is not kept has no rows.
@@ -112,6 +113,52 @@ class HostRows(DeviceRows):
     def give(self, layer: int, token: int, parts: Buffers) -> None:
         with self._aside():
             _copy(self.segments(layer, token), parts)
+
+
+class GradientRows:
+    """Gradients of kept rows while the chunks are taken from the last to the first: of every layer and branch one segment.
+
+    Only chunks that begin within a segment add to its rows, and only chunks that end in it read them. So of each layer the
+    segment where the last chunk began is enough, whatever the length; where a chunk crosses a border, `spare`, one for all
+    layers, takes the next.
+    """
+
+    def __init__(
+        self, pattern: DilatedPattern, layers: int, shapes: Sequence[tuple], dtype: torch.dtype, device: Any
+    ) -> None:
+        def zeros() -> list[tuple[Tensor, Tensor]]:
+            made = (torch.zeros(2, *shape[1:], dtype=dtype, device=device) for shape in shapes)
+            return [(both[0], both[1]) for both in made]
+
+        self.pattern, self.counts = pattern, [shape[0] for shape in shapes]
+        self.layers, self.spare = [zeros() for _ in range(layers)], zeros()
+        # The segment that stands in `layers`, unknown before the first chunk.
+        self.held: list[list[int | None]] = [[None] * len(self.counts) for _ in range(layers)]
+
+    def take(self, layer: int, start: int, last: int) -> tuple[Buffers, Buffers]:
+        """Once for every chunk, in reverse order: of the segments where it begins, to be added to in place, and where it ends."""
+        before, own = [], []
+        for branch, (w, count) in enumerate(zip(self.pattern.segment_lengths, self.counts, strict=True)):
+            first, end = (min(token // w, count - 1) for token in (start, last))
+            pair = self.layers[layer][branch]
+            if self.held[layer][branch] != end:  # no later chunk began in it
+                _clear(pair)
+            own.append(pair)
+            if first != end:
+                # What was read in the layer before this one is free again, and so is `pair` in the next.
+                pair, self.spare[branch] = self.spare[branch], pair
+                _clear(pair)
+            before.append(pair)
+            self.layers[layer][branch], self.held[layer][branch] = pair, first
+        return before, own
+
+    def nbytes(self) -> int:
+        return sum(x.nbytes for layer in (*self.layers, self.spare) for pair in layer for x in pair)
+
+
+def _clear(pair: tuple[Tensor, Tensor]) -> None:
+    for x in pair:
+        x.zero_()
 
 
 def _copy(targets: Buffers, sources: Buffers) -> None:

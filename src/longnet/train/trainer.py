@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetForMaskedLM
+from longnet.model import LongNetForCausalLM, LongNetForMaskedLM
 from longnet.model.tiles import set_tile
 from longnet.plan import Job, best_chunk
 from longnet.text import Tokenizer
 from longnet.train import checkpoint, parallelize, resume, strategy
 from longnet.train.chunked import chunked_backward
-from longnet.train.config import TrainConfig, check, identity, model_config
+from longnet.train.compiled import compile_token_work
+from longnet.train.config import TrainConfig, check, identity, model_config, preflight_fields
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
 from longnet.train.monitor import MetricsFile, Monitor, plot
@@ -108,7 +108,7 @@ class _Run:
         self.autocast = self.device.type == "cuda" if config.bf16 is None else config.bf16
         if many:
             # Checked only after the comparison: a mistake of one rank alone is a disagreement that all ranks report.
-            parallelize.connect(_preflight(config), self.device, timedelta(seconds=config.timeout))
+            parallelize.connect(preflight_fields(config), self.device, timedelta(seconds=config.timeout))
             check(config)
         dataset = TokenDataset(config.data)
         self.tokenizer = dataset.tokenizer
@@ -118,7 +118,6 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = _build(config, self.tokenizer)
         torch.nn.Module.to(self.model, self.device)
-        self.forward = torch.compile(self.model) if config.compile else self.model
         self.parallel: parallelize.Parallel | None = None
         if many:
             shape = (config.sequence_parallel, config.sequence_length, config.batch_size)
@@ -148,6 +147,11 @@ class _Run:
         if self.way["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable()
         set_tile(self.model, self.way["tile_tokens"])
+        self.forward: Any = self.model
+        if config.compile and self.way["sequence_strategy"] == "chunked":
+            compile_token_work(self.model)
+        elif config.compile:
+            self.forward = torch.compile(self.model)
 
     def _way(self, state: dict[str, Any] | None) -> dict[str, Any]:
         """The options that say how a window is taken: those given, those that a continued run picked, or a fresh pick."""
@@ -353,32 +357,6 @@ class _Run:
         if leader:
             self.metrics.truncate(self.step)
         return state
-
-
-def _preflight(config: TrainConfig) -> dict[str, Any]:
-    """What all ranks must agree on before they talk: everything that changes a step, and the text itself."""
-    sources, tokenizer, model, problem = "", "", {}, ""
-    try:
-        check(config)
-        meta = TokenDataset(config.data).meta
-        sources, tokenizer = meta["sources"], meta["tokenizer"]
-        model = LongNetConfig.preset(config.preset, **config.model).to_dict()
-    except ValueError as error:
-        problem = str(error)
-    free = {"sequence_parallel": config.sequence_parallel, "save_every": config.save_every}
-    names = ("accumulation", "log_every", "resume", "on_save_error")
-    free |= {name: getattr(config, name) for name in names}
-    fields = {
-        **identity(config),
-        **free,
-        "data": sources,
-        "tokenizer": tokenizer,
-        "problem": problem,
-        "model": json.loads(json.dumps(model, default=str)),
-    }
-    fields["dtype"] = "bfloat16" if config.bf16 else str(config.bf16)
-    fields.pop("device", None)
-    return fields
 
 
 def _build(config: TrainConfig, tokenizer: Tokenizer) -> LongNetForCausalLM | LongNetForMaskedLM:
