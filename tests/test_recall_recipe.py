@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +10,10 @@ import torch
 
 from longnet.attention import hierarchical
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 LENGTHS = (128, 256, 1024)
 
 
-@pytest.fixture(autouse=True)
-def _recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+pytestmark = pytest.mark.usefixtures("recipes")
 
 
 def load(name):
