@@ -44,7 +44,8 @@ def run_longnet(*arguments):
     """Run a command in this process: (exit code, standard output, standard error)."""
     from longnet.cli import main
 
-    out, error, code = io.StringIO(), io.StringIO(), 0
+    out, error = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
+    code = 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
@@ -56,7 +57,7 @@ def run_longnet(*arguments):
             main()
         except SystemExit as stop:
             code = stop.code or 0
-    return code, out.getvalue(), error.getvalue()
+    return code, *(stream.buffer.getvalue().decode() for stream in (out, error))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ BLOCK = DilatedPattern((16, 50), (1, 3), "block")
 CASES = {
     "lengths": [(n, 2, 2, 16, TWO, {"causal": causal}) for n in (1, 2, 15, 16, 17, 47) for causal in (True, False)],
     "groups": [
-        (60, 6, 2, 16, TWO, {}), (60, 6, 1, 16, BLOCK, {}), (60, 4, 1, 16, BLOCK, {"causal": False}), (130, 8, 2, 16, THREE, {}),
+        (60, 6, 2, 16, TWO, {}), (60, 6, 1, 16, BLOCK, {}), (60, 4, 1, 16, BLOCK, {"causal": False}), (75, 8, 2, 16, THREE, {}),
     ],
     "widths": [(40, 2, 1, width, TWO, {}) for width in (24, 48, 80, 96, 128)],
     "windows": [
