@@ -49,6 +49,15 @@ def test_the_papers_pattern_at_every_border(tokens, heads, key_heads, causal):
     check(*random_inputs(1, tokens, heads, key_heads), PAPER, causal=causal)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 2049), (32768 - 301, 700), (6 * 4096 - 301, 700)])
+def test_the_papers_pattern_in_its_own_size(start, tokens, causal):
+    """The first segment and its border; where segments of all five lengths end; where those of the first three do."""
+    pattern = DilatedPattern((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
+    heads = 1 if tokens > 1000 else 12
+    check(*random_inputs(1, tokens, heads, max(1, heads // 4)), pattern, start=start, causal=causal)
+
+
 @pytest.mark.parametrize("groups", range(1, 9))
 @pytest.mark.parametrize("pattern", [PAPER, UNEVEN], ids=["paper", "uneven"])
 def test_groups_of_1_to_8_query_heads(pattern, groups):
@@ -296,3 +305,25 @@ def test_a_path_that_cannot_run_says_why():
     q, k, v, _ = (x.to("meta") for x in random_inputs(1, 12, 4, 2))
     with pytest.raises(ValueError, match=r"impl='strided' cannot run here: .*meta.*leave impl=None"):
         dilated_attention(q, k, v, PAPER, impl="strided")
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_tensors_without_data_are_refused(impl):
+    q, k, v, _ = (x.to("meta") for x in random_inputs(1, 12, 4, 2))
+    with pytest.raises(ValueError, match="hold data; got device 'meta'"):
+        dilated_attention(q, k, v, PAPER, impl=impl)
+
+
+def test_second_derivatives_exist_in_the_reference_and_are_refused_elsewhere():
+    q, k, v, _ = random_inputs(1, 12, 2, 1, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    for impl in ("reference", "strided"):
+        out = dilated_attention(*inputs, PAPER, impl=impl).out
+        (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        if impl == "reference":
+            assert torch.autograd.grad(dq.square().sum(), k)[0].isfinite().all()
+        else:
+            with pytest.raises(
+                NotImplementedError, match="whose second derivatives do not exist; use impl='reference'"
+            ):
+                torch.autograd.grad(dq.square().sum(), k)
