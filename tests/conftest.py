@@ -12,14 +12,6 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    """CPU always, CUDA where there is one; skips with the reason otherwise."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
-    return torch.device(request.param)
-
-
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch, request):
     """Fill torch.empty* with NaN in attention and kernel tests: reading unwritten memory fails the test."""
