@@ -3,7 +3,8 @@
 Streams that all arrive at once read a text of random bytes each and write greedily. LongNet runs in the server's engine (chunks
 of reading alternate with batched steps); the peer is a dense Llama of the same width, depth and heads, its texts in one batch
 through `generate`. Both have random weights: time and memory do not depend on them. Neither goes through HTTP. Cells that
-do not fit into memory or time are rows with their reason. Writes results.json and results.md.
+do not fit into memory or time are rows with their reason. One text of every length is also read as a
+session, the cache that is kept of an uploaded document. results.json and results.md are written after every row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from longnet import DilatedPattern, LongNetConfig, LongNetForCausalLM, text
 from longnet.serve.engine import Engine
-from longnet.serve.jobs import Completion, Done, Failed, Text
+from longnet.serve.jobs import Completion, Done, Failed, Reading, Text
 from run import environment
 
 SIZE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -109,30 +110,52 @@ def serve_longnet(model: LongNetForCausalLM, streams: int, context: int, options
         row |= {"ms_between_tokens_p50": 1e3 * report["p50"] if report["p50"] else None}
         row["kept_bytes_per_stream"] = engine.slots.cache.nbytes() // streams
         row |= peak(options.device, before)
+        if streams == 1:
+            row["session_bytes"] = session_bytes(engine, texts[0].tobytes(), options)
     finally:
         engine.close()
     return row
+
+
+def session_bytes(engine: Engine, document: bytes, options: argparse.Namespace) -> int:
+    """What is kept of a document that was uploaded once, to be asked many times."""
+    events: queue.Queue = queue.Queue()
+    engine.submit(Reading(emit=events.put, data=document))
+    while not isinstance(event := events.get(timeout=options.budget_seconds), Done | Failed):
+        pass
+    if isinstance(event, Failed):
+        raise RuntimeError(event.message)
+    return event.value[0].nbytes()
 
 
 @torch.inference_mode()
 def generate_dense(model: torch.nn.Module, streams: int, context: int, options: argparse.Namespace) -> dict:
     before = fresh(options.device)
     ids = torch.from_numpy(prompts(streams, context).astype(np.int64) + text.FIRST_BYTE).to(options.device)
-    mask = torch.ones_like(ids)
 
-    def run(count: int) -> float:
+    seen: list[float] = []
+
+    def clock(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Called before every token is drawn."""
+        synchronize(options.device)
+        seen.append(time.perf_counter())
+        return scores
+
+    def run(prompt: torch.Tensor, count: int) -> float:
+        seen.clear()
         synchronize(options.device)
         began = time.perf_counter()
         out = model.generate(  # pyrefly: ignore
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count
-        )
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count,
+            min_new_tokens=count, logits_processor=[clock],
+        )  # fmt: skip
         synchronize(options.device)
-        assert out.shape[1] == context + count
-        return time.perf_counter() - began
+        assert out.shape[1] == prompt.shape[1] + count
+        return began
 
-    # Kernels are loaded before anything is timed.
-    model.generate(ids[:, :64], attention_mask=mask[:, :64], do_sample=False, max_new_tokens=4)  # pyrefly: ignore
-    first, whole = run(1), run(options.new)
+    run(ids[:, :64], 4)  # kernels are loaded before anything is timed
+    began = run(ids, options.new)
+    first, whole = seen[0] - began, time.perf_counter() - began
     row = timing([first] * streams, whole, streams * options.new)
     row["ms_between_tokens_p50"] = 1e3 * (whole - first) / (options.new - 1)
     row["kept_bytes_per_stream"] = dense_bytes(context + options.new, options)
@@ -175,7 +198,13 @@ def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
     )
 
 
-def measure(options: argparse.Namespace) -> tuple[list[dict], dict]:
+def dense_flops(context: int, facts: dict, size: dict) -> int:
+    """Of reading one text: all weights once a token, and causal attention."""
+    pairs = 2 * size["num_hidden_layers"] * size["hidden_size"] * context**2
+    return 2 * facts["dense_parameters"] * context + pairs
+
+
+def measure(options: argparse.Namespace, environment: dict) -> None:
     longest = max(options.contexts) + options.new
     window = 64 if options.small else 2048
     models = {"longnet": longnet_model(options.size, max(options.contexts), window, options.device)}
@@ -184,12 +213,12 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], dict]:
     facts["branches"] = str(models["longnet"].config.pattern().branches)
     runs = {"longnet": serve_longnet, "dense": generate_dense}
     end, rows = time.monotonic() + options.budget_seconds, []
-    rates: dict[str, float] = {}  # seconds a token (for dense: a pair of tokens) took, to guess the next cell
+    rates: dict[str, float] = {}  # seconds that a token (dense: a flop) took, to guess the next cell
     for streams, context in cells(options):
         for who, run in runs.items():
             row: dict = {"who": who, "streams": streams, "context": context}
-            work = streams * context * (context if who == "dense" else 1)
-            guess = rates.get(who, 0.0) * work * (2 if who == "dense" else 1)
+            work = streams * (context if who == "longnet" else dense_flops(context, facts, options.size))
+            guess = rates.get(who, 0.0) * work
             if reason := does_not_fit(who, streams, context, options):
                 row["left_out"] = reason
             elif time.monotonic() + guess > end:
@@ -198,26 +227,47 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], dict]:
                 try:
                     row |= run(models[who], streams, context, options)
                     rates[who] = row["first_token_s_max"] / work
-                except (torch.OutOfMemoryError, RuntimeError) as error:
+                except (torch.OutOfMemoryError, RuntimeError, queue.Empty) as error:
                     row["left_out"] = f"{type(error).__name__}: {str(error)[:80]}"
             rows.append(row)
             print(line(row), flush=True)
-    return rows, facts
+            write(rows, environment | facts, options)
 
 
-HEAD = "| streams | context | who | first token s, median | slowest | ms a token | tokens/s, all | kept MiB a stream | peak GiB |"
+HEAD = (
+    "| streams | context | who | first token s, median | slowest | ms a token | tokens/s, all | kept MiB a stream | session MiB |"
+    " peak GiB |"
+)
 
 
 def line(row: dict) -> str:
     start = f"| {row['streams']} | {row['context']} | {row['who']} | "
     if "left_out" in row:
-        return start + f"{row['left_out']} | | | | | |"
-    between, top = row["ms_between_tokens_p50"], row.get("peak_extra_bytes")
+        return start + f"{row['left_out']} | | | | | | |"
+    between, top, session = (
+        row.get(key) for key in ("ms_between_tokens_p50", "peak_extra_bytes", "session_bytes")
+    )
     return start + (
         f"{row['first_token_s_p50']:.3f} | {row['first_token_s_max']:.3f} | "
         f"{'' if between is None else f'{between:.2f}'} | {row['tokens_per_second']:.0f} | "
-        f"{row['kept_bytes_per_stream'] / 2**20:.1f} | {'' if top is None else f'{top / GIB:.1f}'} |"
+        f"{row['kept_bytes_per_stream'] / 2**20:.1f} | "
+        f"{'' if session is None else f'{session / 2**20:.1f}'} | {'' if top is None else f'{top / GIB:.1f}'} |"
     )
+
+
+NOTE = (
+    "Random weights, greedy, all streams at once, no HTTP. ms a token: between two tokens of a stream, for longnet while"
+    " others are still being read. tokens/s: all that was written over all of the time, reading included. Session: what is kept"
+    " of one uploaded document."
+)
+
+
+def write(rows: list[dict], facts: dict, options: argparse.Namespace) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "results.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=1))
+    top = ", ".join(f"{name} {value}" for name, value in facts.items())
+    table = [HEAD, "|---" * (HEAD.count("|") - 1) + "|", *map(line, rows)]
+    (options.output / "results.md").write_text("\n".join([top, "", NOTE, "", *table]) + "\n")
 
 
 def main() -> None:
@@ -230,7 +280,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens that each stream writes")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens read at once")
     parser.add_argument(
-        "--budget-seconds", type=float, default=330.0, help="cells that would end later are left out"
+        "--budget-seconds", type=float, default=140.0, help="cells that would end later are left out"
     )
     parser.add_argument("--small", action="store_true", help="tiny models and texts: a smoke test, no claim")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve"))
@@ -238,19 +288,9 @@ def main() -> None:
     options.size = SMALL if options.small else SIZE
     if options.small:
         options.streams, options.contexts, options.new, options.chunk = [1, 3], [100, 400], 8, 64
-    facts = environment(options.device)
     print(HEAD, flush=True)
-    rows, more = measure(options)
-    facts |= more | {"model": options.size, "new_tokens": options.new, "chunk": options.chunk}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "results.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=1))
-    top = ", ".join(f"{name} {value}" for name, value in facts.items())
-    note = (
-        "Random weights, greedy, all streams at once, no HTTP. ms a token: between two tokens of a stream, for longnet while"
-        " others are still being read. tokens/s: all that was written over all of the time, reading included."
-    )
-    table = [HEAD, "|---" * 9 + "|", *map(line, rows)]
-    (options.output / "results.md").write_text("\n".join([top, "", note, "", *table]) + "\n")
+    facts = {"model": options.size, "new_tokens": options.new, "chunk": options.chunk}
+    measure(options, environment(options.device) | facts)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from longnet.text import VOCAB_SIZE, encode
 
 # Share of the bytes, or of the time, over which the learning rate falls to zero.
 DESCENT = 0.2
-WARMUP = 50
+WARMUP = 30
 # Steps between two looks at the clock, each of which waits for the device.
 LOOK = 5
 
@@ -234,8 +234,8 @@ class Results:
         temporary.replace(self.path)
 
 
-SIZE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
-SIZE |= {"num_key_value_heads": 2, "vocab_size": VOCAB_SIZE}
+SIZE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
+SIZE |= {"num_key_value_heads": 1, "vocab_size": VOCAB_SIZE}
 TREE = HierarchicalPattern(block=64, radix=8, window_blocks=8, guard=1, top_k=8, beam=16)
 REDUCED = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 REDUCED |= {"num_key_value_heads": 1, "vocab_size": VOCAB_SIZE}
@@ -249,9 +249,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--length", type=int, help="bytes of a window; 16384, reduced 512")
-    parser.add_argument("--batch", type=int, help="windows of a step; 32768 bytes a step")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--length", type=int, help="bytes of a window; 65536, reduced 512")
+    parser.add_argument("--batch", type=int, help="windows of a step; 65536 bytes a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--windows", type=int, default=48, help="validation windows")
     parser.add_argument("--budget-minutes", type=float, default=9.0, help="of everything")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -261,8 +261,8 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     began, given = time.perf_counter(), options()
-    length = given.length or (512 if given.reduced else 16384)
-    batch = given.batch or max(1, (2048 if given.reduced else 32768) // length)
+    length = given.length or (512 if given.reduced else 65536)
+    batch = given.batch or max(1, (2048 if given.reduced else 65536) // length)
     tree = replace(TREE, block=16, window_blocks=2, radix=4, top_k=2, beam=4) if given.reduced else TREE
     size = REDUCED if given.reduced else SIZE
     setting = Setting(length, batch, given.learning_rate, given.windows, size, tree, given.device)

@@ -18,10 +18,19 @@ def report(path: Path) -> str:
     data = json.loads(path.read_text())
     if not data["rows"]:
         return "no model has finished"
-    text = "\n\n".join(table(data, measure) for measure in MEASURES) + "\n"
+    text = "\n\n".join((conditions(data), *(table(data, measure) for measure in MEASURES))) + "\n"
     path.with_suffix(".md").write_text(text)
     draw(data, path.with_suffix(".png"))
     return text
+
+
+def conditions(data: dict) -> str:
+    setting, where, row = data["setting"], data["environment"], data["rows"][0]
+    return (
+        f"Bits per byte of {len(row['equal_bytes']['bits'])} held-out windows of {setting['length']} bytes, by position; "
+        f"{row['parameters'] / 1e6:.1f} million parameters; {where['machine']}, torch {where['torch']}. Against dense: the mean"
+        " difference over the windows and its standard error. Keys: what the last byte of a window sees."
+    )
 
 
 def whole(data: dict, bits: list[list[float]]) -> np.ndarray:
@@ -80,7 +89,7 @@ def draw(data: dict, path: Path) -> None:
         axis.set_title(title)
     axes[0].set_ylabel("bits per byte")
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

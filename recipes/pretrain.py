@@ -22,7 +22,7 @@ import torch
 from classification import read_lines
 from classify_books import PARTS
 from extract_relations import load
-from runs import PATTERN, REDUCED, machine
+from runs import FULL, REDUCED, machine
 
 from longnet.model import LongNetConfig, LongNetForMaskedLM
 from longnet.tasks.fit import autocast, pick_device
@@ -53,7 +53,7 @@ def pretrain(stream: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
     """Masked spans in windows of the texts; saves the model. Returns bits per masked byte at start and end."""
     torch.manual_seed(0)
     device, generator = pick_device(args.device), np.random.default_rng(0)
-    preset, fields = ("tiny", REDUCED) if args.reduced else ("mini", PATTERN)
+    preset, fields = ("tiny", REDUCED) if args.reduced else ("mini", FULL)
     network = LongNetForMaskedLM(LongNetConfig.preset(preset, **fields, bidirectional=True))
     torch.nn.Module.to(network, device)
     window, batch = (2048, 4) if args.reduced else (16384, 8)

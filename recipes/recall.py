@@ -29,7 +29,7 @@ from variants import Variant, build, dense
 from longnet import DilatedPattern, HierarchicalPattern, LongNetForCausalLM
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 
-SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.05}
 TREE = HierarchicalPattern(block=16, radix=4, window_blocks=2, guard=1, top_k=4, beam=8)
 BUDGETS = (1, 2, 4, 8)
@@ -114,9 +114,10 @@ def layers(model: LongNetForCausalLM) -> Iterator[LongNetHierarchicalAttention]:
 def train(model: LongNetForCausalLM, name: str, seed: int, setting: Setting, deadline: float) -> list | None:
     """The learning curve, or None if time ran out. Lengths from an eighth of the trained one, tokens a step always as many."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, setting.learning_rate, weight_decay=0.01)
+    fused = setting.device.startswith("cuda")
+    optimizer = torch.optim.AdamW(trained, setting.learning_rate, weight_decay=0.01, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, setting.learning_rate, setting.steps, pct_start=0.1
+        optimizer, setting.learning_rate, setting.steps, pct_start=0.05
     )
     generator = torch.Generator(setting.device).manual_seed(seed)
     lengths = [n for n in (setting.length // 8 * 2**i for i in range(4)) if n >= SHORTEST]
@@ -203,6 +204,8 @@ class Results:
 
     def add(self, row: dict) -> None:
         self.rows.append(json.loads(json.dumps(row)))
+        order = list(variants())
+        self.rows.sort(key=lambda row: (order.index(row["model"]), row["seed"]))
         facts = {"torch": torch.__version__, "machine": machine(self.setting["device"])}
         text = json.dumps({"setting": self.setting, "environment": facts, "rows": self.rows}, indent=1)
         temporary = self.path.with_suffix(".tmp")
@@ -227,7 +230,7 @@ def grid(
                 results.add(row)
         return missing
     # Small models leave a GPU waiting for launches: several processes share it.
-    context = multiprocessing.get_context("spawn")
+    context, failures = multiprocessing.get_context("spawn"), []
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting: set[Future] = set()
         while todo or waiting:
@@ -237,10 +240,15 @@ def grid(
                 break
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
+                if error := future.exception():  # the others go on
+                    failures.append(error)
+                    continue
                 row = future.result()
                 missing += row is None
                 if row is not None:
                     results.add(row)
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} runs failed; the others are in {results.path}", failures)
     return missing + len(todo)
 
 
@@ -253,11 +261,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder; TASK.json, .md and .png are written")
     parser.add_argument("--models", nargs="+", default=list(variants()), choices=list(variants()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--length", type=int, default=1024, help="longest text in training")
+    parser.add_argument("--length", type=int, default=2048, help="longest text in training")
     parser.add_argument("--doublings", type=int, default=4, help="tests up to 2^this times that")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--texts", type=int, default=64, help="texts of a test")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument(
@@ -272,7 +280,7 @@ def main() -> None:
     results = Results(options.out, setting)
     todo = [(name, seed) for seed in options.seeds for name in options.models if not results.has(name, seed)]
     missing = grid(todo, setting, results, options.workers, deadline)
-    print(report(results.path, list(variants())))
+    print(report(results.path))
     if missing:
         print(f"{missing} runs were left out: the time ended. The same command goes on with them.")
 

@@ -1,4 +1,4 @@
-"""The table and the picture of one task's results: python recipes/recall_report.py runs/recall/recall.json"""
+"""Tables and pictures of the tasks' results, each beside its file: python recipes/recall_report.py docs/recall/recall.json .."""
 
 from __future__ import annotations
 
@@ -8,20 +8,33 @@ import sys
 from pathlib import Path
 
 
-def report(path: Path, order: list[str] | None = None) -> str:
-    """Write the Markdown table and the picture beside the JSON file; returns the table."""
+def report(path: Path) -> str:
+    """Write the Markdown tables and the picture beside the JSON file; returns the Markdown."""
     results = json.loads(path.read_text()) if path.exists() else {"rows": []}
     if not results["rows"]:
         return "no run has finished"
     rows = results["rows"]
     names = list(dict.fromkeys(row["model"] for row in rows))
-    names.sort(key=lambda name: order.index(name) if order else names.index(name))
     lengths = list(rows[0]["accuracy"])
-    text = "\n\n".join((by_length(rows, names, lengths), by_opened(rows, lengths), agreement(rows)))
-    text = text.strip() + "\n"
+    parts = (
+        conditions(results),
+        by_length(rows, names, lengths),
+        by_opened(rows, lengths),
+        agreement(rows),
+    )
+    text = "\n\n".join(part for part in parts if part) + "\n"
     path.with_suffix(".md").write_text(text)
     draw(rows, names, lengths, results["setting"], path.with_suffix(".png"))
     return text
+
+
+def conditions(results: dict) -> str:
+    setting, where = results["setting"], results["environment"]
+    return (
+        f"{setting['task'].capitalize()}: {setting['steps']} steps of {setting['tokens']} tokens, texts of up to"
+        f" {setting['length']}; {where['machine']}, torch {where['torch']}. Accuracy by tokens of the text, mean (least to most)"
+        " over seeds; keys: what the last token sees of a text of the trained length."
+    )
 
 
 def values(rows: list[dict], name: str, length: str) -> list[float]:
@@ -114,9 +127,10 @@ def draw(rows: list[dict], names: list[str], lengths: list[str], setting: dict, 
     right.set_xlabel("blocks opened")
     if right.lines:
         right.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1])))
+    for name in sys.argv[1:]:
+        print(report(Path(name)))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 NOISE, MARK, ASK, VALUES, KEYS, VOCABULARY = 4, 68, 69, 70, 134, 1158
 # Symbols of a passkey, passkeys of a text, items to copy, and the stretch of noise they are strewn over.
-DIGITS, NEEDLES, ITEMS, STRETCH = 8, 4, 16, 64
-# Key-value pairs of a text and questions about them, at most; short texts hold fewer.
-PAIRS, QUESTIONS = 32, 128
+DIGITS, NEEDLES, ITEMS, STRETCH = 8, 4, 16, 32
+# Key-value pairs of a text and questions about them, at most; short texts hold fewer. And how many keys there are, but for
+# haystacks: the more, the longer it takes to learn that equal ones match, which is not what attentions differ in.
+PAIRS, QUESTIONS, PAIR_KEYS = 32, 128, 128
 SHORTEST = 128
 
 
@@ -40,11 +41,11 @@ def _values(size: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(VALUES, KEYS, (size, count), generator=generator, device=generator.device)
 
 
-def _pairs(size: int, length: int, pairs: int, generator: torch.Generator) -> Batch:
-    """`pairs` key-value pairs anywhere in the first half; in the second, single keys ask for their value, some repeatedly."""
+def _pairs(size: int, length: int, pairs: int, of: int, generator: torch.Generator) -> Batch:
+    """`pairs` key-value pairs anywhere in the first half, keys out of `of`; in the second, single keys ask for their value."""
     asked = min(length // 8, QUESTIONS)
     ids = _noise(size, length, generator)
-    keys = KEYS + _distinct(size, pairs, VOCABULARY - KEYS, generator)
+    keys = KEYS + _distinct(size, pairs, of, generator)
     values = _values(size, pairs, generator)
     at = 2 * _distinct(size, pairs, length // 4, generator)
     ids.scatter_(1, at, keys).scatter_(1, at + 1, values)
@@ -56,22 +57,21 @@ def _pairs(size: int, length: int, pairs: int, generator: torch.Generator) -> Ba
 
 def recall(size: int, length: int, generator: torch.Generator) -> Batch:
     """Multi-query associative recall: the pairs stay as many, the noise grows."""
-    return _pairs(size, length, min(PAIRS, length // 16), generator)
+    return _pairs(size, length, min(PAIRS, length // 16), PAIR_KEYS, generator)
 
 
 def haystack(size: int, length: int, generator: torch.Generator) -> Batch:
     """The same in a haystack made of needles: a pair for every 16 tokens."""
-    return _pairs(size, length, length // 16, generator)
+    return _pairs(size, length, length // 16, VOCABULARY - KEYS, generator)
 
 
 def passkey(size: int, length: int, generator: torch.Generator) -> Batch:
-    """Four passkeys, each a key and eight symbols of its own, anywhere in noise; at the end each is asked for and spelt out."""
+    """Four passkeys, each a key and eight symbols, all different, anywhere in noise; at the end each is asked for and spelt."""
     unit = DIGITS + 1
     ids = _noise(size, length, generator)
-    keys = KEYS + _distinct(size, NEEDLES, VOCABULARY - KEYS, generator)
-    needles = torch.cat(
-        (keys[..., None], _values(size, NEEDLES * DIGITS, generator).view(size, NEEDLES, -1)), 2
-    )
+    keys = KEYS + _distinct(size, NEEDLES, PAIR_KEYS, generator)
+    symbols = VALUES + _distinct(size, NEEDLES * DIGITS, KEYS - VALUES, generator)
+    needles = torch.cat((keys[..., None], symbols.view(size, NEEDLES, DIGITS)), 2)
     body = length - NEEDLES * unit
     at = unit * _distinct(size, NEEDLES, body // unit, generator)
     inside = torch.arange(unit, device=ids.device)
@@ -84,7 +84,7 @@ def passkey(size: int, length: int, generator: torch.Generator) -> Batch:
 
 
 def copy(size: int, length: int, generator: torch.Generator) -> Batch:
-    """Selective copying: a mark and 16 different items strewn over 64 tokens of noise, to be repeated in order at the end."""
+    """Selective copying: a mark and 16 different items strewn over 32 tokens of noise, to be repeated in order at the end."""
     ids = _noise(size, length, generator)
     items = VALUES + _distinct(size, ITEMS, KEYS - VALUES, generator)
     body = length - ITEMS

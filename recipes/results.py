@@ -5,6 +5,7 @@ Every finished run is on disk at once, so that a time limit loses nothing.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
@@ -49,14 +50,16 @@ def finished(output: Path, task: str, row: str, seed: int | None = None) -> bool
 
 
 def record(output: Path, task: str, row: str, run: dict[str, Any]) -> None:
-    """Put one run into the JSON file; a run of the same row and seed is replaced."""
-    results = load(output)
-    runs = results.setdefault(task, {}).setdefault(row, [])
-    runs[:] = [r for r in runs if r.get("seed") != run.get("seed")] + [run]
+    """Put one run into the JSON file; a run of the same row and seed is replaced. Processes side by side may share the file."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(output.name + ".part")
-    part.write_text(json.dumps(results, indent=1))
-    os.replace(part, output)
+    with output.with_name(output.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = load(output)
+        runs = results.setdefault(task, {}).setdefault(row, [])
+        runs[:] = [r for r in runs if r.get("seed") != run.get("seed")] + [run]
+        part = output.with_name(output.name + ".part")
+        part.write_text(json.dumps(results, indent=1))
+        os.replace(part, output)
     print(task, "|", row, "|", json.dumps(run), flush=True)
 
 

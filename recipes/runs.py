@@ -17,6 +17,8 @@ from longnet.tasks.fit import FitConfig, FitSummary, pick_device
 from results import WHOLE, finished, record
 
 PATTERN = {"segment_lengths": [512, 4096, 32768], "dilation_rates": [1, 8, 64]}
+# Of the preset "mini"; two layers less, for what these sets hold is read more often in the same minutes.
+FULL = {**PATTERN, "num_hidden_layers": 4}
 # Cheaper per byte on a CPU, of the same reach.
 REDUCED = {
     "segment_lengths": [128, 2048, 32768],
@@ -76,14 +78,11 @@ def parser(description: str | None, rows: Sequence[str]) -> argparse.ArgumentPar
 
 def settings(row: Row, seed: int, minutes: float | None, args: argparse.Namespace) -> dict[str, Any]:
     """Fields of a FitConfig for one training; minutes None: one epoch, to compile."""
-    pattern = {key: REDUCED[key] if args.reduced else PATTERN[key] for key in PATTERN}
-    if row.local:
-        pattern = {"segment_lengths": [512], "dilation_rates": [1]}
+    local = {"segment_lengths": [512], "dilation_rates": [1]} if row.local else {}
     pretrained = args.pretrained if row.pretrained else None
-    size = {k: v for k, v in REDUCED.items() if k not in PATTERN} if args.reduced else {}
     return {
         "train": args.output, "output": args.output, "preset": "tiny" if args.reduced else "mini",
-        "model": {**size, **pattern}, "pretrained": pretrained, "seed": seed, "device": args.device,
+        "model": {**(REDUCED if args.reduced else FULL), **local}, "pretrained": pretrained, "seed": seed, "device": args.device,
         "max_minutes": minutes, "epochs": 1 if minutes is None else 1000, "patience": 1000,
         "learning_rate": 3e-3 if args.reduced else 1e-3 if pretrained is None else 6e-4,
     }  # fmt: skip

@@ -18,6 +18,9 @@ from longnet.model.layers import apply_rotary
 
 # exp(-10000) is 0 in every dtype: summaries with this bias have no weight, whatever they score.
 NEVER = -1e4
+# Spread of the convolution's taps at first. From zero, which is the layer's own start, a model needs several times as many steps
+# before it matches a token with what followed it earlier.
+TAPS = 0.5
 # One segment that no text outgrows: dense attention.
 EVERYTHING = 2**31
 
@@ -91,6 +94,8 @@ def build(variant: Variant, seed: int, **size: object) -> LongNetForCausalLM:
     torch.manual_seed(seed)
     config = LongNetConfig(attention="hierarchical", hierarchical=asdict(variant.tree), **size)  # type: ignore[arg-type]
     model = LongNetForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.attention.key_conv, std=TAPS)
     for index, layer in enumerate(model.model.layers):
         if variant.dilated is not None:
             plain = LongNetPlainAttention(config, index, variant.dilated, variant.turned)

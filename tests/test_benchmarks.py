@@ -80,6 +80,8 @@ def test_serving(script, tmp_path):
     assert all(row["written_tokens"] == 8 * row["streams"] for row in rows.values()), rows
     kept = {context: rows["longnet", 3, context]["kept_bytes_per_stream"] for context in (100, 400)}
     assert kept[100] == kept[400]  # the same, whatever was read
+    sessions = [rows["longnet", 1, context]["session_bytes"] for context in (100, 400)]
+    assert 0 < sessions[0] <= sessions[1] <= kept[400]
     assert rows["dense", 3, 400]["kept_bytes_per_stream"] > 3 * rows["dense", 3, 100]["kept_bytes_per_stream"]
     parameters = [report["environment"][f"{who}_parameters"] for who in ("longnet", "dense")]
     assert abs(parameters[0] / parameters[1] - 1) < 0.01

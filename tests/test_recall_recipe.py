@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -85,8 +86,11 @@ def seen_from_the_end(name, length=256):
 
     model = variants.build(recall.variants()[name], 0, **recall.SIZE)
     layer = model.model.layers[0].attention
-    hidden = torch.randn(1, length, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    rotary = rotary_angles(torch.arange(length)[None], 32, 10_000.0)
+    torch.nn.init.zeros_(layer.key_conv)  # it reaches three tokens farther
+    hidden = torch.randn(
+        1, length, recall.SIZE["hidden_size"], generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    rotary = rotary_angles(torch.arange(length)[None], 64, 10_000.0)
     layer(hidden, rotary)[0, -1].sum().backward()
     return hidden.grad[0].abs().amax(1) > 0
 
@@ -115,7 +119,8 @@ def test_only_angles_tell_a_dense_model_where_a_key_lies():
         layer = model.model.layers[0].attention
         from longnet.model.layers import rotary_angles
 
-        rotary = rotary_angles(torch.arange(40)[None], 32, 10_000.0)
+        torch.nn.init.zeros_(layer.key_conv)
+        rotary = rotary_angles(torch.arange(40)[None], 64, 10_000.0)
         embedded = [model.model.embed_tokens(x) for x in (ids, swapped)]
         a, b = (layer(x, rotary)[0, -1] for x in embedded)
         assert torch.allclose(a, b, atol=1e-6) == same
@@ -180,6 +185,43 @@ def test_a_grid_that_was_stopped_goes_on(recipe, tmp_path):
     assert rows[1]["accuracy"]["128"]["asked"] == 2 * 16
     assert (tmp_path / "recall.md").read_text() in out
     assert (tmp_path / "recall.png").stat().st_size > 1000
+
+
+def test_tables_of_finished_files_without_the_experiment(recipe, tmp_path, monkeypatch, capsys):
+    """The report alone, over several models and seeds in any order, keeps the order of the models."""
+    for seed, name in ((1, "opened-4"), (1, "dense"), (0, "dense"), (0, "opened-4")):
+        recipe(tmp_path, "--models", name, "--seeds", seed)
+    before = (tmp_path / "recall.md").read_text()
+    (tmp_path / "recall.md").unlink()
+    reports = load("recall_report")
+    assert reports.report(tmp_path / "recall.json") == before == (tmp_path / "recall.md").read_text()
+    lines = before.splitlines()
+    assert lines[0].startswith("Recall: 2 steps of 256 tokens, texts of up to 128; CPU")
+    assert [line.split(" | ")[:3] for line in lines[4:6]] == [
+        ["| dense", "100.0 %", "2"],
+        ["| opened-4", "76.6 %", "2"],
+    ]
+    assert (tmp_path / "recall.png").stat().st_size < 150_000
+
+
+def test_one_run_that_fails_leaves_the_others(recipe, tmp_path, monkeypatch):
+    """Its error is raised at the end, after what succeeded was written."""
+    recall = load("recall")
+    monkeypatch.setattr(recall, "run", fail_for_local)
+    monkeypatch.setattr(
+        recall, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers)
+    )
+    with pytest.raises(ExceptionGroup, match="1 runs failed") as caught:
+        recipe(tmp_path, "--models", "local", "dense", "--seeds", 0, "--workers", 2)
+    assert [str(error) for error in caught.value.exceptions] == ["lost"]
+    rows = json.loads((tmp_path / "recall.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["dense"]
+
+
+def fail_for_local(name, seed, setting, deadline):
+    if name == "local":
+        raise ValueError("lost")
+    return {"model": name, "seed": seed, "keys_share": 1.0, "accuracy": {128: {"accuracy": 0.5}}}
 
 
 def test_results_of_another_setting_are_not_mixed_in(recipe, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import multiprocessing
 import runpy
 import sys
 from types import SimpleNamespace
@@ -44,6 +45,24 @@ def test_tables_say_what_the_runs_say(tmp_path):
     )
     results.record(output, "T", results.WHOLE, run(1, 0.6, (0.6, 0.6), bytes=None))
     assert f"| {results.WHOLE} | 60.0 ± 0.0 | 2 |" in results.report(results.load(output))
+
+
+def _record_many(output, seed):
+    for row in range(25):
+        load("results").record(output, "T", f"row {row}", run(seed, 0.5, (0.5, 0.5)))
+
+
+def test_processes_side_by_side_lose_no_run_of_the_file_they_share(tmp_path):
+    output, context = tmp_path / "r.json", multiprocessing.get_context("fork")
+    processes = [context.Process(target=_record_many, args=(output, seed)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    rows = load("results").load(output)["T"]
+    assert len(rows) == 25
+    assert all(sorted(r["seed"] for r in runs) == [0, 1, 2, 3] for runs in rows.values())
 
 
 def test_slices_hold_the_documents_longer_than_their_border():

@@ -98,7 +98,12 @@ def build_model(cls: type[M], config: FitConfig, **fields: Any) -> M:
             f" {config.pretrained}"
         )
     else:
-        base = LongNetConfig.from_pretrained(config.pretrained, **overrides)  # pyrefly: ignore
+        # What the saved configuration has no field for, such as a head's dropout, is handed back, not set.
+        wanted: dict[str, Any] = {"return_unused_kwargs": True, **overrides}
+        loaded: Any = LongNetConfig.from_pretrained(config.pretrained, **wanted)
+        base, heads = loaded
+        for name, value in heads.items():
+            setattr(base, name, value)
         require_bytes(tokenizer_of_model(config.pretrained, base.vocab_size), "pretrained")
         options = {"config": base, "dtype": torch.float32, "use_safetensors": True}  # never a pickle
         model = cls.from_pretrained(config.pretrained, **options)  # pyrefly: ignore
