@@ -1,20 +1,15 @@
 """Shared fixtures: every test file collects on a laptop; scratch memory is poisoned so an unwritten output cannot pass."""
 
+import contextlib
+import io
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    """CPU always, CUDA where there is one; skips with the reason otherwise."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
-    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -37,41 +32,63 @@ def poison_empty(monkeypatch, request):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
-@pytest.fixture
-def longnet(monkeypatch, capfd):
+def run_longnet(*arguments):
     """Run a command in this process: (exit code, standard output, standard error)."""
     from longnet.cli import main
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["longnet", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
+    out, error = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
+    code = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+    ):
+        patch.setattr(sys, "argv", ["longnet", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
         try:
             main()
         except SystemExit as stop:
             code = stop.code or 0
-        return code, *capfd.readouterr()
-
-    return run
+    return code, *(stream.buffer.getvalue().decode() for stream in (out, error))
 
 
-def assert_within_budget(name, actual, exact, peer, roundings=1):
-    """err(actual) <= factor err(peer) + roundings; `peer` is the same formula in the input dtype, `exact` in fp64.
+@pytest.fixture(scope="session")
+def longnet():
+    return run_longnet
 
-    The factors are FlashAttention's rule: 2 for values, 3 for gradients (their two products round independently). One
-    rounding is that of the largest exact value or of 1, the scale of the inputs: a gradient that is 0 in exact arithmetic
-    is a difference of such numbers. fp64 has no more exact judge than itself and gets 1e-12.
+
+@pytest.fixture
+def recipes(monkeypatch):
+    """The folder of recipes, whose modules a test can then import."""
+    folder = Path(__file__).resolve().parents[1] / "recipes"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def assert_within_budget(name, actual, exact, peer, branches=0):
+    """err(actual) <= 2 err(peer) + one rounding; `peer` is the same formula in the input dtype, `exact` in fp64.
+
+    The rounding is that of the largest exact value or of 1, the scale of the inputs: a gradient that is 0 in exact
+    arithmetic is a difference of such numbers. Where inputs are fp32, as the statistics are, nothing is more precise than
+    the result, and each of `branches` that are joined adds two roundings: of its products and of its sum.
+    fp64 has no more exact judge than itself and gets 1e-12.
     """
-    factor = 3 if name.startswith("d") else 2
-    eps = 1e-12 if actual.dtype == torch.float64 else roundings * torch.finfo(actual.dtype).eps
+    roundings = 1 + 2 * branches * (actual.dtype == torch.float32)
+    error, base, rounding = errors(name, actual, exact, peer)
+    allowed = 2 * base + roundings * rounding
+    assert error <= allowed, f"{name}: error {error:.3e} exceeds the budget {allowed:.3e}"
+
+
+def errors(name, actual, exact, peer):
+    """(largest error, that of the peer, one rounding); infinities must stand where the oracle has them."""
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(exact.shape)}"
     finite = torch.isfinite(exact)
     assert torch.equal(torch.isfinite(actual), finite), (
         f"{name}: NaN or infinity where the oracle has none, or the reverse"
     )
     if not finite.any():
-        return
+        return 0.0, 0.0, 0.0
+    eps = 1e-12 if actual.dtype == torch.float64 else torch.finfo(actual.dtype).eps
     exact, actual, peer = exact[finite].double(), actual[finite].double(), peer[finite].double()
-    error, allowed = (actual - exact).abs().max(), factor * (peer - exact).abs().max()
-    allowed = allowed + eps * exact.abs().max().clamp(min=1)
-    assert error <= allowed, f"{name}: error {error:.3e} exceeds the budget {allowed:.3e}"
+    rounding = eps * exact.abs().max().clamp(min=1)
+    return float((actual - exact).abs().max()), float((peer - exact).abs().max()), float(rounding)

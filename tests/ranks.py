@@ -92,6 +92,16 @@ def join():
     return dist.get_rank(), dist.get_world_size()
 
 
+def dealt(function, arguments):
+    """[function(*a) for a in arguments] on every rank, each computed by one of them."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts = [None] * world
+    dist.all_gather_object(parts, [function(*a) for a in arguments[rank::world]])
+    return [parts[i % world][i // world] for i in range(len(arguments))]
+
+
 def refusals(*calls):
     """What a rank is told by calls of which each must raise ValueError; all ranks wait for each other after the last."""
     import pytest

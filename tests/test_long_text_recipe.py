@@ -6,18 +6,14 @@ import json
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-
 
 @pytest.fixture
-def long_text(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+def long_text(recipes):
     return importlib.import_module("long_text")
 
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +11,10 @@ import torch
 
 from longnet.attention import hierarchical
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 LENGTHS = (128, 256, 1024)
 
 
-@pytest.fixture(autouse=True)
-def _recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+pytestmark = pytest.mark.usefixtures("recipes")
 
 
 def load(name):

@@ -6,17 +6,11 @@ import json
 import multiprocessing
 import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-
-
-@pytest.fixture(autouse=True)
-def _recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+pytestmark = pytest.mark.usefixtures("recipes")
 
 
 def load(name):
@@ -134,7 +128,7 @@ def test_a_novel_is_read_up_to_where_its_validation_excerpts_begin(tmp_path):
     assert list(load("pretrain").texts([], tmp_path, False)) == ["x" * 70]
 
 
-def test_peps_end_to_end(tmp_path, monkeypatch, capsys):
+def test_peps_end_to_end(recipes, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     words = {"Process": "rules and votes. ", "Standards Track": "syntax and types. "}
     for part in ("train", "validation", "test"):
@@ -147,12 +141,12 @@ def test_peps_end_to_end(tmp_path, monkeypatch, capsys):
     output = tmp_path / "r.json"
     options = ["--data", tmp_path, "--output", output, "--reduced", "--minutes", 0.02, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(x) for x in ("classify_peps.py", *options, "--rows", "512", "--seeds", 3)])  # fmt: skip
-    runpy.run_path(str(RECIPES / "classify_peps.py"), run_name="__main__")
+    runpy.run_path(str(recipes / "classify_peps.py"), run_name="__main__")
     rows = json.loads(output.read_text())["PEP type"]
     assert rows["TF-IDF + logistic regression"][0]["accuracy"] == 1.0
     assert rows["most frequent label"][0]["accuracy"] == 0.5
     (trained,) = rows["LongNet, first 512 bytes"]
     assert (trained["seed"], trained["bytes"], trained["pretrained"]) == (3, 512, False)
     assert trained["longer_than"]["512"]["documents"] == 4
-    runpy.run_path(str(RECIPES / "classify_peps.py"), run_name="__main__")
+    runpy.run_path(str(recipes / "classify_peps.py"), run_name="__main__")
     assert "0 trainings to do" in capsys.readouterr().out

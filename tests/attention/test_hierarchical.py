@@ -171,3 +171,9 @@ def test_refusals_name_the_argument(change, words):
     arguments = {"q": torch.zeros(1, 10, 4, 8), "k": torch.zeros(1, 10, 2, 8), "v": torch.zeros(1, 10, 2, 8)}
     with pytest.raises(ValueError, match=words):
         hierarchical_attention(**(arguments | {"pattern": HierarchicalPattern()} | change))
+
+
+def test_tensors_without_data_are_refused():
+    q = torch.empty(1, 20, 2, 8, device="meta")
+    with pytest.raises(ValueError, match="hold data; got device 'meta'"):
+        hierarchical_attention(q, q, q, HierarchicalPattern(block=4, radix=2))

@@ -1,6 +1,7 @@
 """Every command, as a user types it: what it prints, where it refuses, and with which exit code."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ MODEL = ["hidden_size=32", "intermediate_size=64", "num_hidden_layers=1", "num_a
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, longnet):
     """A prepared folder and a trained model, made by the commands."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "texts").mkdir()
@@ -37,13 +39,11 @@ def trained(tmp_path_factory):
         stream.write(json.dumps({"text": "a document in a line. " * 50}) + "\n")
     (folder / "texts" / "picture.png").write_bytes(b"\x89PNG")
     (folder / "texts" / "broken.txt").write_bytes(b"caf\xe9 au lait")
-    environment = {**os.environ, "COLUMNS": "200"}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "longnet", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-        assert done.returncode == 0, done.stderr
-        return done
+        code, out, error = longnet(*arguments)
+        assert code == 0, error
+        return SimpleNamespace(stdout=out, stderr=error)
 
     prepared = run("prepare", folder / "texts", "--output", folder / "data")
     made = run(
@@ -109,7 +109,7 @@ def test_eval_reads_a_stream_and_windows(trained, longnet):
     assert "standard error" in out
 
 
-def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_path):
+def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_path, monkeypatch):
     folder, *_ = trained
     model = folder / "run" / "model"
     common = ("generate", "--model", model, "--max-new-tokens", 12, "--temperature", 0)
@@ -118,11 +118,10 @@ def test_generate_from_a_prompt_a_file_and_standard_input(trained, longnet, tmp_
         longnet(*common, "--prompt", "the quick"),
         longnet(*common, "--prompt-file", tmp_path / "prompt.txt"),
     ]
-    command = [sys.executable, "-m", "longnet", *map(str, common), "--prompt-file", "-"]
-    piped = subprocess.run(command, input=b"the quick", capture_output=True, timeout=100)
-    assert piped.returncode == 0, piped.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the quick")))
+    outputs.append(longnet(*common, "--prompt-file", "-"))
     assert outputs[0][0] == 0
-    assert outputs[0][1] == outputs[1][1] == piped.stdout.decode()
+    assert outputs[0] == outputs[1] == outputs[2]
     written = outputs[0][1]
     assert len(written) > 4
     code, out, _ = longnet(*common, "--prompt", "the quick", "--stop", written[1:3], "xyz")

@@ -45,7 +45,7 @@ def check(tokens, heads, key_heads, width, pattern, dtype, queries=None, batch=1
     peer = run(tensors, "reference", pattern, dout, dlse, **options)
     actual = run(tensors, impl, pattern, dout, dlse, **options)
     for name, a, e, p in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, peer, strict=True):
-        assert_within_budget(name, a, e, p)
+        assert_within_budget(name, a, e, p, 0 if name == "lse" else len(pattern.branches))
 
 
 @pytest.mark.parametrize("impl", ["strided", "triton"])

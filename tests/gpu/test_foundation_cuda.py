@@ -160,15 +160,20 @@ def test_the_model_in_bf16_stays_near_fp64_on_the_cpu():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_model_compiles_whole_and_keeps_its_loss():
+@pytest.mark.parametrize("padding", [None, 250])
+def test_the_model_compiles_whole_and_keeps_its_loss(padding):
     model = make("cuda", torch.float32).train()
     ids = torch.randint(4, 260, (2, 600), device="cuda")
+    mask = None
+    if padding:
+        mask = torch.ones_like(ids)
+        mask[1, :padding] = 0
     compiled = torch.compile(model, fullgraph=True)
     losses, gradients = [], []
     for run in (model, compiled):
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
-            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = run(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad.clone() for p in model.parameters()])

@@ -15,7 +15,7 @@ BLOCK = DilatedPattern((16, 50), (1, 3), "block")
 CASES = {
     "lengths": [(n, 2, 2, 16, TWO, {"causal": causal}) for n in (1, 2, 15, 16, 17, 47) for causal in (True, False)],
     "groups": [
-        (60, 6, 2, 16, TWO, {}), (60, 6, 1, 16, BLOCK, {}), (60, 4, 1, 16, BLOCK, {"causal": False}), (130, 8, 2, 16, THREE, {}),
+        (60, 6, 2, 16, TWO, {}), (60, 6, 1, 16, BLOCK, {}), (60, 4, 1, 16, BLOCK, {"causal": False}), (75, 8, 2, 16, THREE, {}),
     ],
     "widths": [(40, 2, 1, width, TWO, {}) for width in (24, 48, 80, 96, 128)],
     "windows": [
@@ -57,10 +57,8 @@ def check(
     exact = run([x.double() for x in tensors], "reference", pattern, dout, dlse, **options)
     peer = run(tensors, "reference", pattern, dout, dlse, **options)
     actual = run(tensors, "triton", pattern, dout, dlse, **options)
-    # Rows in several branches are rounded once in each; in fp32 the lse term's roundings count as well.
-    roundings = 2 + len(pattern.branches)
     for name, a, e, p in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, peer, strict=True):
-        assert_within_budget(name, a, e, p, roundings)
+        assert_within_budget(name, a, e, p, 0 if name == "lse" else len(pattern.branches))
 
 
 for case in CASES[sys.argv[1]]:

@@ -15,10 +15,10 @@ CASES = {
     "summaries": (HierarchicalPattern(16, 4, 2, 1, None, 0), 117, 2, 2, 16, 1.0),
     # without rotary: the same queries near and far
     "joint": (HierarchicalPattern(16, 4, 1, 0, None, 0), 69, 2, 1, 16, 1.0),
-    "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 4, 2, 24, 0.3),
+    "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 117, 4, 2, 24, 0.3),
     # two families of nodes, and several items for most of them
     "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 117, 2, 1, 16, 0.0),
-    "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 163, 2, 1, 16, 1.0),
+    "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 147, 2, 1, 16, 1.0),
     # two or three chunks of the buffer of opened leaves, and a group that is no power of two
     "chunks": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 3, 1, 16, 0.7),
     "short": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 1, 2, 1, 16, 1.0),

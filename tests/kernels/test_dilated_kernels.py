@@ -30,7 +30,8 @@ def test_kernels_equal_the_oracle(case):
     run("interpreted_dilated.py", case, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize(("capability", "kib"), [("80", "164"), ("86", "99"), ("90", "227"), ("90", "99")])
+# A GPU of 227 KiB runs the kernels themselves (tests/gpu), also with the tiles for 99 and 164 KiB.
+@pytest.mark.parametrize(("capability", "kib"), [("80", "164"), ("86", "99")])
 def test_tiles_fit_the_shared_memory_of_the_gpu(capability, kib):
     lines = [line.split() for line in run("compiled_dilated.py", capability, kib).splitlines()]
     assert {name for name, _ in lines} == {"dilated_forward", "dilated_dq", "dilated_dkv"}

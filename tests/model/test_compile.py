@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longnet import LongNetConfig, LongNetForCausalLM, LongNetModel
+from longnet import LongNetConfig, LongNetForCausalLM, LongNetForSequenceClassification, LongNetModel
 
 
 def config(**overrides):
@@ -42,3 +42,54 @@ def test_inference_in_one_graph(causal):
         torch.testing.assert_close(
             compiled(input_ids=ids, lengths=lengths).last_hidden_state, expected, atol=1e-5, rtol=1e-4
         )
+
+
+def masked(*spans, tokens=50):
+    """(B, N) of 0 and 1: row b is 1 within its span."""
+    mask = torch.zeros(len(spans), tokens, dtype=torch.long)
+    for row, (first, end) in enumerate(spans):
+        mask[row, first:end] = 1
+    return mask
+
+
+PADDED = {
+    "nothing": [(0, 50), (0, 50)],
+    "right": [(0, 50), (0, 17)],
+    "left": [(13, 50), (49, 50)],
+    "both": [(9, 30), (0, 50)],
+}
+
+
+@pytest.mark.parametrize("padding", PADDED)
+def test_training_with_an_attention_mask_in_one_graph(padding):
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(config()).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, mask = torch.randint(4, 260, (2, 50)), masked(*PADDED[padding])
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        output = run(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, return_logits=True)
+        output.loss.backward()
+        results.append([output.logits[mask.bool()].detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_classifying_with_an_attention_mask_in_one_graph():
+    torch.manual_seed(0)
+    model = LongNetForSequenceClassification(config(bidirectional=True, num_labels=3)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, mask = torch.randint(4, 260, (2, 50)), masked(*PADDED["both"])
+    with torch.no_grad():
+        expected, actual = (run(input_ids=ids, attention_mask=mask).logits for run in (model, compiled))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_graph_refuses_a_mask_with_a_hole():
+    model = LongNetModel(config()).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mask = masked((0, 50), (0, 50))
+    mask[1, 20] = 0
+    with torch.no_grad(), pytest.raises(RuntimeError, match="got a hole"):
+        compiled(input_ids=torch.randint(4, 260, (2, 50)), attention_mask=mask)

@@ -51,8 +51,7 @@ def test_random_chunkings_give_the_logits_of_one_pass(name, batch):
         cache, parts = LongNetCache(model.config, batch), []
         for chunk in ids.split(chunking(generator, TOKENS), dim=1):
             parts.append(model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
-        # Branches and chunks are joined by their denominators in every layer: a few roundings more than one pass has.
-        assert_within_budget("logits", torch.cat(parts, 1), true, peer, roundings=8)
+        assert_within_budget("logits", torch.cat(parts, 1), true, peer)
 
 
 @torch.no_grad()

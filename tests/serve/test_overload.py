@@ -242,12 +242,12 @@ def test_bad_options_are_one_line_and_exit_code_2(folders, monkeypatch, capsys, 
     assert not keys or keys not in error
 
 
-def test_a_taken_port_and_bad_input_as_a_user_sees_them(command, folders):
+def test_a_taken_port_and_bad_input_as_a_user_sees_them(command, folders, longnet, monkeypatch):
     served = command("--model", folders.model, "--port", 0, "--device", "cpu")
     url = served.address()
     port = url.rpartition(":")[2]
-    second = command("--model", folders.model, "--port", port, "--device", "cpu")
-    code, out, error = second.end()
+    monkeypatch.setenv("LONGNET_API_KEYS", KEY)
+    code, out, error = longnet("serve", "--model", folders.model, "--port", port, "--device", "cpu")
     assert code == 2
     assert "in use" in error
     assert "Traceback" not in out + error

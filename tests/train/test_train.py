@@ -1,16 +1,19 @@
 """Training as a user relies on it: losses fall, a stopped run continues bit for bit, damage is noticed."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import random
+import resource
 import signal
-import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
+import ranks
 from longnet import text
 from longnet.train import NonFiniteLoss, TrainConfig, checkpoint, train
 from longnet.train.data import TokenDataset, WindowSampler, prepare
@@ -85,60 +88,49 @@ def test_a_loss_that_is_no_number_stops_before_the_optimizer(config):
     assert checkpoint.newest(config.output / "checkpoints")[0].name == "step-00000004"
 
 
-KILLER = """
-import dataclasses, os, random, signal, sys, time
-from pathlib import Path
-import torch
-from longnet.train import TrainConfig, train
-torch.set_num_threads(1)
-root, model = Path(sys.argv[1]), {model!r}
-config = TrainConfig(data=root / "data", output=root / "whole", model=model, sequence_length=64, batch_size=2, steps=200,
-                     warmup=2, learning_rate=1e-2, save_every=2, device="cpu")
-
-def child(config):
+def forked(function):
+    """The process id of a copy of this process that calls `function` and ends."""
     pid = os.fork()
     if pid == 0:
         try:
-            train(config)
+            function()
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
     return pid
 
-started = time.perf_counter()
-assert os.waitpid(child(config), 0)[1] == 0
-whole = time.perf_counter() - started
-config = dataclasses.replace(config, output=root / "killed")
-folder = config.output / "checkpoints"
-generator, inside, reached = random.Random(0), 0, set()
-for kill in range(30):
-    pid, stale = child(config), set(folder.glob("tmp.*"))
-    if kill % 2:
-        while not set(folder.glob("tmp.*")) - stale and os.waitpid(pid, os.WNOHANG) == (0, 0):
-            pass
-        time.sleep(generator.uniform(0, 0.003))
-    else:
-        # Together at most three quarters of the run, so that it does not end first where the machine becomes faster.
-        time.sleep(generator.uniform(0, whole / 20))
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status), "the run ended before it was killed"
-    inside += bool(set(folder.glob("tmp.*")) - stale)
-    reached |= {p.name for p in folder.glob("step-*")}
-assert os.waitpid(child(config), 0)[1] == 0
-print(inside, len(reached))
-"""
+
+def kill_thirty_times(config, root):
+    """(kills inside a save, checkpoints that were reached)."""
+    del os.environ["WORLD_SIZE"]
+    started = time.perf_counter()
+    assert os.waitpid(forked(lambda: train(dataclasses.replace(config, output=root / "whole"))), 0)[1] == 0
+    whole = time.perf_counter() - started
+    folder = config.output / "checkpoints"
+    generator, inside, reached = random.Random(0), 0, set()
+    for kill in range(30):
+        pid, stale = forked(lambda: train(config)), set(folder.glob("tmp.*"))
+        if kill % 2:
+            while not set(folder.glob("tmp.*")) - stale and os.waitpid(pid, os.WNOHANG) == (0, 0):
+                time.sleep(0.001)
+            time.sleep(generator.uniform(0, 0.003))
+        else:
+            # Together at most three quarters of the run, so that it does not end first where the machine becomes faster.
+            time.sleep(generator.uniform(0, whole / 20))
+        os.kill(pid, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the run ended before it was killed"
+        inside += bool(set(folder.glob("tmp.*")) - stale)
+        reached |= {p.name for p in folder.glob("step-*")}
+    assert os.waitpid(forked(lambda: train(config)), 0)[1] == 0
+    return inside, len(reached)
 
 
 def test_a_run_killed_thirty_times_ends_as_if_it_never_was(config, tmp_path):
     """Every other kill falls uniformly in wall time, the rest just after a save began; nobody repairs anything in between."""
-    script = KILLER.replace("{model!r}", repr(MODEL))
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=280
-    )
-    assert result.returncode == 0, result.stderr
-    inside, reached = map(int, result.stdout.split())
+    config = dataclasses.replace(config, output=tmp_path / "killed", steps=120)
+    answers = ranks.run(kill_thirty_times, 1, tmp_path / "ranks", config, tmp_path, limit=280)
+    ((inside, reached),) = ranks.results(answers)
     print(f"30 kills, {inside} of them inside a save, checkpoints reached: {reached}")
     assert inside >= 5
     assert reached >= 5
@@ -147,7 +139,7 @@ def test_a_run_killed_thirty_times_ends_as_if_it_never_was(config, tmp_path):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         machine = ("tokens_per_second", "memory_bytes")
         records.append([{k: v for k, v in line.items() if k not in machine} for line in lines])
-    assert len(records[0]) == 200
+    assert len(records[0]) == 120
     assert records[0] == records[1]
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
@@ -155,8 +147,6 @@ def test_a_run_killed_thirty_times_ends_as_if_it_never_was(config, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_stopped_by_any_signal_twice_continues_bit_for_bit(config, tmp_path, number):
-    import dataclasses
-
     train(dataclasses.replace(config, output=tmp_path / "whole"))
 
     def twice(event):
@@ -170,8 +160,6 @@ def test_a_run_stopped_by_any_signal_twice_continues_bit_for_bit(config, tmp_pat
 
 
 def test_another_configuration_is_refused(config):
-    import dataclasses
-
     train(dataclasses.replace(config, steps=2))
     with pytest.raises(ValueError, match="batch_size: checkpoint 2, now 3"):
         train(dataclasses.replace(config, batch_size=3, steps=2))
@@ -263,20 +251,14 @@ def test_saving_a_step_again_never_leaves_it_missing(tmp_path, monkeypatch, fail
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_partial(tmp_path):
     save_step(tmp_path, 1)
-    script = f"""
-import resource, signal, sys, torch
-from pathlib import Path
-from longnet.train import checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-try:
-    checkpoint.save(Path({str(tmp_path)!r}), 2, {{"w": {{"w": torch.zeros(10000)}}}}, {{}})
-except checkpoint.CheckpointWriteError as error:
-    sys.exit(0 if "40000 bytes" in str(error) and "step-00000002" in str(error) else 1)
-sys.exit(3)
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
+
+    def save():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        with pytest.raises(checkpoint.CheckpointWriteError, match=r"step-00000002 \(40000 bytes"):
+            checkpoint.save(tmp_path, 2, {"w": {"w": torch.zeros(10000)}}, {})
+
+    assert os.waitpid(forked(save), 0)[1] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     save_step(tmp_path, 2)
 
@@ -289,7 +271,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_only_damaged_checkpoints_stop_a_run_rather_than_restart_it(config):
-    import dataclasses
     import shutil
 
     train(dataclasses.replace(config, steps=4))
@@ -303,8 +284,6 @@ def test_only_damaged_checkpoints_stop_a_run_rather_than_restart_it(config):
 
 
 def test_a_fresh_run_in_a_used_folder_is_refused(config):
-    import dataclasses
-
     train(dataclasses.replace(config, steps=2))
     with pytest.raises(ValueError, match="resume"):
         train(dataclasses.replace(config, steps=2, resume="never"))

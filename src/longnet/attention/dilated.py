@@ -74,6 +74,10 @@ def dilated_attention(
         chosen = impl
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if chosen == "reference":
+        if q.is_meta:
+            raise ValueError(
+                "expected tensors that hold data; got device 'meta'; load the weights, or use .to_empty()"
+            )
         return AttentionOutput(*dilated_attention_reference(q, k, v, pattern, causal, scale, lengths, start))
     spec = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
     return AttentionOutput(*_forward(q, k, v, lengths, *spec, causal, scale, start, chosen))
@@ -256,3 +260,13 @@ def _autograd_backward(ctx, dout, dlse):
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _second_derivative(ctx, *gradients):
+    raise NotImplementedError(
+        "dilated_attention: expected first derivatives; got create_graph=True through the fast paths, whose second"
+        " derivatives do not exist; use impl='reference'"
+    )
+
+
+_backward.register_autograd(_second_derivative)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import MaskedLMOutput, TokenClassifierOutput
 from transformers.utils import ModelOutput
 
 from longnet.model.config import LongNetConfig
-from longnet.model.padding import mask_to_span, roll_rows
+from longnet.model.padding import mask_to_span, require, roll_rows
 from longnet.model.pieces import piece_tokens, read_pieces
 from longnet.model.transformer import LongNetModel, LongNetPreTrainedModel, loss_chunk
 
@@ -128,9 +128,10 @@ class LongNetForSequenceClassification(_Reader):
             ValueError: a row without tokens; labels that fit neither problem type.
         """
         inputs, lengths, first = self._rows(input_ids, attention_mask, inputs_embeds, lengths, kwargs)
-        if lengths is not None and not bool((lengths > 0).all()):
-            raise ValueError(
-                "expected at least one token in every row; got an empty one; leave empty documents out"
+        if lengths is not None:
+            require(
+                (lengths > 0).all(),
+                "expected at least one token in every row; got an empty one; leave empty documents out",
             )
         pooled, weights = self._pool(inputs, lengths, return_pooling)
         if weights is not None and first is not None:

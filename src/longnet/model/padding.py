@@ -7,11 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def require(holds: Tensor, problem: str) -> None:
+    """Refuse what the device finds wrong: ValueError. A compiled graph cannot wait for the device's answer; there the
+    device itself stops, with a RuntimeError of the same words."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, problem)
+    elif not bool(holds):
+        raise ValueError(problem)
+
+
 def mask_to_span(attention_mask: Tensor, batch: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
     """First token and number of tokens of every row of a 0/1 mask; None where nothing is masked.
 
     With a cache, Hugging Face passes the mask of everything ever read: only the last `num_tokens`
-    columns count.
+    columns count. In a compiled graph, which cannot ask whether anything is masked, the span is always given.
 
     Returns:
         (first (B,), lengths (B,)) int64, or None.
@@ -22,16 +31,16 @@ def mask_to_span(attention_mask: Tensor, batch: int, num_tokens: int) -> tuple[T
             f" {tuple(attention_mask.shape)}; LongNet takes no N x N masks"
         )
     mask = attention_mask[:, attention_mask.shape[1] - num_tokens :].bool()
-    if bool(mask.all()):
+    if not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     lengths, first = mask.sum(1), mask.long().argmax(1)
     column = torch.arange(num_tokens, device=mask.device)
     block = (column >= first[:, None]) & (column < (first + lengths)[:, None])
-    if not torch.equal(block, mask):
-        raise ValueError(
-            "expected every row of attention_mask to be one run of 1s (padding left, right or"
-            " both); got a hole; remove the masked tokens from input_ids"
-        )
+    require(
+        (block == mask).all(),
+        "expected every row of attention_mask to be one run of 1s (padding left, right or"
+        " both); got a hole; remove the masked tokens from input_ids",
+    )
     return first, lengths
 
 
