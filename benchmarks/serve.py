@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from longnet import DilatedPattern, LongNetConfig, LongNetForCausalLM, text
+from longnet.integrations.tokenizer import BYTES
 from longnet.serve.engine import Engine
 from longnet.serve.jobs import Completion, Done, Failed, Reading, Text
 from run import environment
@@ -73,13 +74,21 @@ def fresh(device: str) -> int:
 
 
 def prompts(streams: int, context: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(32, 127, (streams, context), dtype=np.uint8)
+    """Ids (streams, context) of random bytes."""
+    low, high = np.array([32, 127]) + text.FIRST_BYTE
+    return np.random.default_rng(0).integers(low, high, (streams, context), dtype=np.uint16)
 
 
 def serve_longnet(model: LongNetForCausalLM, streams: int, context: int, options: argparse.Namespace) -> dict:
     before = fresh(options.device)
     engine = Engine(
-        model, slots=streams, chunk=options.chunk, max_waiting=streams, max_backlog=2**40, max_wait=3600.0
+        model,
+        BYTES,
+        slots=streams,
+        chunk=options.chunk,
+        max_waiting=streams,
+        max_backlog=2**40,
+        max_wait=3600.0,
     )
     engine.start()
     try:
@@ -92,9 +101,7 @@ def serve_longnet(model: LongNetForCausalLM, streams: int, context: int, options
             def emit(event: object, stream: int = stream) -> None:
                 answers.put((stream, time.perf_counter(), event))
 
-            engine.submit(
-                Completion(emit=emit, data=texts[stream].tobytes(), max_tokens=options.new, temperature=0.0)
-            )
+            engine.submit(Completion(emit=emit, ids=texts[stream], max_tokens=options.new, temperature=0.0))
         first: dict[int, float] = {}
         ended, written = 0, 0
         while ended < streams:
@@ -108,19 +115,19 @@ def serve_longnet(model: LongNetForCausalLM, streams: int, context: int, options
         report = engine.statistics.between_tokens.report()
         row = timing(sorted(first.values()), last - began, written)
         row |= {"ms_between_tokens_p50": 1e3 * report["p50"] if report["p50"] else None}
-        row["kept_bytes_per_stream"] = engine.slots.cache.nbytes() // streams
+        row["kept_bytes_per_stream"] = engine.writing.slots.cache.nbytes() // streams
         row |= peak(options.device, before)
         if streams == 1:
-            row["session_bytes"] = session_bytes(engine, texts[0].tobytes(), options)
+            row["session_bytes"] = session_bytes(engine, texts[0], options)
     finally:
         engine.close()
     return row
 
 
-def session_bytes(engine: Engine, document: bytes, options: argparse.Namespace) -> int:
+def session_bytes(engine: Engine, document: np.ndarray, options: argparse.Namespace) -> int:
     """What is kept of a document that was uploaded once, to be asked many times."""
     events: queue.Queue = queue.Queue()
-    engine.submit(Reading(emit=events.put, data=document))
+    engine.submit(Reading(emit=events.put, ids=document))
     while not isinstance(event := events.get(timeout=options.budget_seconds), Done | Failed):
         pass
     if isinstance(event, Failed):
@@ -131,7 +138,7 @@ def session_bytes(engine: Engine, document: bytes, options: argparse.Namespace) 
 @torch.inference_mode()
 def generate_dense(model: torch.nn.Module, streams: int, context: int, options: argparse.Namespace) -> dict:
     before = fresh(options.device)
-    ids = torch.from_numpy(prompts(streams, context).astype(np.int64) + text.FIRST_BYTE).to(options.device)
+    ids = torch.from_numpy(prompts(streams, context).astype(np.int64)).to(options.device)
 
     seen: list[float] = []
 

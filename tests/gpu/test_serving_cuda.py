@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, text
+from longnet.integrations.tokenizer import BYTES
 from longnet.serve.engine import Engine
 from longnet.serve.jobs import Completion, Done, Failed, Reading, Text
 
@@ -34,16 +35,16 @@ def model():
 
 @pytest.fixture
 def engine(model):
-    engine = Engine(model, slots=4, chunk=512)
+    engine = Engine(model, BYTES, slots=4, chunk=512)
     engine.start()
     engine.warm_up()
     yield engine
     engine.close()
 
 
-def submit(engine, make=Completion, **options):
+def submit(engine, data, make=Completion, **options):
     events = queue.Queue()
-    engine.submit(make(emit=events.put, **options))
+    engine.submit(make(emit=events.put, ids=text.encode(data), **options))
     return events
 
 
@@ -57,12 +58,12 @@ def result(events):
 
 
 def test_steps_are_captured_once_and_buffers_stay(engine):
-    assert engine.slots._captured is not None
-    graph, version = engine.slots._captured.graph, engine.slots.cache.version
+    assert engine.writing.slots._captured is not None
+    graph, version = engine.writing.slots._captured.graph, engine.writing.slots.cache.version
     for size in (3, 700, 5000):
         result(submit(engine, data=b"x" * size, max_tokens=40))
-    assert engine.slots._captured.graph is graph
-    assert engine.slots.cache.version == version
+    assert engine.writing.slots._captured.graph is graph
+    assert engine.writing.slots.cache.version == version
 
 
 def test_company_changes_no_bit(engine):

@@ -54,7 +54,7 @@ def test_read_continue_classify_and_see(server, browser, tmp_path):
     click(browser, "read")
     browser.until("document.getElementById('status').textContent.startsWith('read once')")
     size = len(TEXT.encode())
-    assert f"{size:,} bytes" in text_of(browser, "status")
+    assert f"{size:,} tokens" in text_of(browser, "status")
     assert browser.run("document.getElementById('progress').value") == 1
     # Memory flat: the last two thirds of the curve lie at one height.
     points = browser.run("document.querySelector('#chart polyline').getAttribute('points')").split()[1:]
@@ -138,7 +138,7 @@ def test_cancelling_and_closing_free_the_server(start, browser):
     browser.until("!document.getElementById('read').disabled")
     browser.run("document.getElementById('text').value = 'word '.repeat(200000)")
     click(browser, "read")
-    browser.until("document.getElementById('figures').textContent.includes('bytes read')")
+    browser.until("document.getElementById('figures').textContent.includes('tokens read')")
     click(browser, "cancel")
     browser.until("document.getElementById('status').textContent === 'cancelled'")
     until(lambda: server.engine.report()["reading"] == 0)

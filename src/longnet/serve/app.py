@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,16 +18,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from longnet import text
+from longnet.serve.completions import Answer
 from longnet.serve.config import ServeConfig
 from longnet.serve.engine import Engine
 from longnet.serve.gate import ApiError, Bodies, Gate
-from longnet.serve.jobs import Call, Completion, Done, Event, Moved, Progress, Reading, Text
-from longnet.serve.requests import CompletionRequest, completion_request, parse_json, task_request
+from longnet.serve.jobs import Call, Completion, Done, Event, Moved, Progress, Reading
+from longnet.serve.requests import CompletionRequest, completion_request, document_request, task_request
 from longnet.serve.responses import EventStream, Inbox, JobResponse, WholeResponse
 from longnet.serve.sessions import Session, SessionStore
 from longnet.tasks.annotations import Annotation, record_of
 from longnet.tasks.documents import Document
+from longnet.text import Tokenizer
 
 log = logging.getLogger("longnet.serve")
 
@@ -43,7 +44,7 @@ class Api:
 
     Args:
         engine: started elsewhere.
-        sessions: None where no causal model is served.
+        sessions, tokenizer: None where no causal model is served.
         classifier, extractor: of `longnet.tasks`, or None.
     """
 
@@ -52,10 +53,11 @@ class Api:
         config: ServeConfig,
         engine: Engine,
         sessions: SessionStore | None,
+        tokenizer: Tokenizer | None,
         classifier: Any = None,
         extractor: Any = None,
     ) -> None:
-        self.config, self.engine, self.sessions = config, engine, sessions
+        self.config, self.engine, self.sessions, self.tokenizer = config, engine, sessions, tokenizer
         self.classifier, self.extractor = classifier, extractor
         self.bodies = Bodies(config.bytes("max_uploads"), config.body_seconds)
         self.created = int(time.time())
@@ -139,29 +141,57 @@ class Api:
 
     async def completions(self, request: Request) -> JobResponse:
         self._expect("completion", None)
-        limit = self.config.bytes("max_prompt")
-        body = await self.bodies.read(request, limit)
-        release = _once(lambda: self.bodies.release(len(body)))
+        assert self.tokenizer is not None
+        body = await self.bodies.read(request, self.config.bytes("max_prompt"))
+        release = self.bodies.releaser(len(body))
         try:
-            asked = completion_request(body, self.config.max_tokens, limit)
+            asked = completion_request(body, self.config.max_tokens, self.tokenizer)
             self._expect("completion", asked.model)
-            return await self._complete(asked, request.scope["owner"], release)
+            ids = await self._ids(request, asked.prompt) if isinstance(asked.prompt, bytes) else asked.prompt
+            most = self.config.max_prompt_tokens
+            if len(ids) > most:
+                message = f"prompt: expected at most {most} tokens; got {len(ids)}"
+                raise ApiError(400, "prompt_too_long", message, param="prompt")
+            return await self._complete(asked, ids, request.scope["owner"], release)
         except BaseException:
             release()
             raise
 
+    async def _ids(self, request: Request, data: bytes) -> np.ndarray:
+        """A text's ids, made beside the event loop. Who goes away stops it within a piece."""
+        assert self.tokenizer is not None
+        ids = np.empty(len(data), self.tokenizer.dtype)  # every id is a byte at least
+        pieces, size = self.tokenizer.pieces(data), 0
+        while True:
+            try:
+                piece = await asyncio.to_thread(next, pieces, None)
+            except ValueError as error:
+                raise ApiError(400, "invalid_text", self._without_path(str(error))) from None
+            if piece is None:
+                return ids[:size]
+            ids[size : size + len(piece)] = piece
+            size += len(piece)
+            if await request.is_disconnected():
+                raise ClientDisconnect
+
+    def _without_path(self, message: str) -> str:
+        """What a tokenizer says of a text names its file; where this server keeps its files is not to be told."""
+        assert self.config.model is not None
+        return message.replace(
+            str(self.config.model / "tokenizer.json"), f"the tokenizer of {self.config.name}"
+        )
+
     async def _complete(
-        self, asked: CompletionRequest, owner: str, finish: Callable[[], None]
+        self, asked: CompletionRequest, ids: np.ndarray, owner: str, finish: Callable[[], None]
     ) -> JobResponse:
-        data, prefix, session = asked.data, None, None
+        prefix, session, cached = None, None, 0
         if asked.session_id is not None:
             session = self._session(asked.session_id, owner)
             prefix = await self._cache(session)
-            ids = text.encode(data) if isinstance(data, bytes) else data
-            data = np.concatenate(([np.uint16(session.last)], ids))
+            ids, cached = np.concatenate((np.array([session.last], ids.dtype), ids)), session.tokens - 1
         inbox = Inbox()
         job = Completion(
-            emit=inbox.put, data=data, prefix=prefix, max_tokens=asked.max_tokens, temperature=asked.temperature,
+            emit=inbox.put, ids=ids, prefix=prefix, max_tokens=asked.max_tokens, temperature=asked.temperature,
             top_p=asked.top_p, seed=asked.seed, stop=asked.stop,
         )  # fmt: skip
 
@@ -170,7 +200,7 @@ class Api:
             assert session is not None
             self.sessions.keep(session, event.cache)
 
-        answer = _Completion(self.config.name, asked, session, len(data))
+        answer = Answer(self.config.name, cached, len(ids), asked.include_usage)
         kind = EventStream if asked.stream else WholeResponse
         on_event = answer.stream if asked.stream else answer.whole
         return kind(self.engine, job, inbox, on_event, on_moved=moved, finish=finish)
@@ -183,7 +213,7 @@ class Api:
             raise ApiError(
                 404,
                 "session_not_found",
-                "expected the id of a session; it may have been deleted, or made room for another",
+                "expected a session of this model and its tokenizer; it may have been deleted, or made room for another",
             )
         return session
 
@@ -214,23 +244,30 @@ class Api:
         """Read a document: the body itself, or {"text": ..., "stream": ...} as JSON. `?stream=true` tells how far it is."""
         self._expect("completion", None)
         body = await self.bodies.read(request, self.config.bytes("max_document"))
-        release = _once(lambda: self.bodies.release(len(body)))
+        release = self.bodies.releaser(len(body))
         try:
-            data, stream = _document(request, body)
-            return self._read(data, stream, request.scope["owner"], release)
+            stream = request.query_params.get("stream", "false").lower() in ("true", "1")
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind == "application/json":
+                body, stream = document_request(body, stream)
+            if not body:
+                raise ApiError(400, "invalid_request", "expected a document; got an empty one")
+            return self._read(await self._ids(request, body), stream, request.scope["owner"], release)
         except BaseException:
             release()
             raise
 
-    def _read(self, data: bytes, stream: bool, owner: str, finish: Callable[[], None]) -> JobResponse:
+    def _read(self, ids: np.ndarray, stream: bool, owner: str, finish: Callable[[], None]) -> JobResponse:
+        assert self.tokenizer is not None
         inbox = Inbox()
-        # The last byte is held back: whatever is asked has at least one token to begin with.
-        job = Reading(emit=inbox.put, data=data[:-1] or np.array([text.EOS], np.uint16))
+        # The last id is held back: whatever is asked has at least one to begin with.
+        before = ids[:-1] if len(ids) > 1 else np.array([self.tokenizer.end], ids.dtype)
+        job = Reading(emit=inbox.put, ids=before)
 
         async def keep(done: Done) -> dict[str, Any]:
             assert self.sessions is not None
             try:
-                session = await self.sessions.add(owner, len(data), data[-1] + text.FIRST_BYTE, *done.value)
+                session = await self.sessions.add(owner, len(ids), int(ids[-1]), *done.value)
             except OSError:
                 log.exception("a session could not be saved")
                 raise ApiError(503, "storage", "the session could not be saved", retry_after=60) from None
@@ -259,7 +296,7 @@ class Api:
     ) -> JobResponse:
         self._expect(task, None)
         body = await self.bodies.read(request, self.config.bytes("max_task"))
-        release = _once(lambda: self.bodies.release(len(body)))
+        release = self.bodies.releaser(len(body))
         try:
             texts, passages, model = task_request(body, passages=task == "classify")
             self._expect(task, model)
@@ -293,81 +330,11 @@ class Api:
         return [{key: record[key] for key in kept} for record in records]
 
 
-class _Completion:
-    """Events of one completion as OpenAI's objects."""
-
-    def __init__(self, model: str, asked: CompletionRequest, session: Session | None, read: int) -> None:
-        self.asked, self.parts = asked, []
-        self.cached = session.tokens - 1 if session is not None else 0
-        self.prompt = self.cached + read
-        self.base = {
-            "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": model,
-        }  # fmt: skip
-        self.parts: list[str] = []
-
-    def _chunk(self, content: str, reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "text": content, "logprobs": None, "finish_reason": reason}
-        return {**self.base, "choices": [choice]}
-
-    def _usage(self, written: int) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt, "completion_tokens": written, "total_tokens": self.prompt + written,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }  # fmt: skip
-
-    def stream(self, event: Event) -> list[Any]:
-        if isinstance(event, Progress):
-            return [f"read {event.read} of {event.total}"]
-        if isinstance(event, Text):
-            return [self._chunk(event.text, None)]
-        assert isinstance(event, Done)
-        last = [self._chunk("", event.reason)]
-        if self.asked.include_usage:
-            last.append({**self.base, "choices": [], "usage": self._usage(event.written)})
-        return last
-
-    def whole(self, event: Event) -> dict[str, Any] | None:
-        if isinstance(event, Text):
-            self.parts.append(event.text)
-        if not isinstance(event, Done):
-            return None
-        return {**self._chunk("".join(self.parts), event.reason), "usage": self._usage(event.written)}
-
-
 def _session_json(session: Session) -> dict[str, Any]:
     return {
         "id": session.id, "object": "session", "created": int(session.created), "last_used": int(session.last_used),
         "tokens": session.tokens, "cache_bytes": session.cache_bytes,
     }  # fmt: skip
-
-
-def _document(request: Request, body: bytes) -> tuple[bytes, bool]:
-    """(the document, whether to tell how far it is read)."""
-    stream = request.query_params.get("stream", "false").lower() in ("true", "1")
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-        fields = parse_json(body)
-        content, wish = fields.get("text"), fields.get("stream", stream)
-        if not isinstance(content, str) or not isinstance(wish, bool) or set(fields) - {"text", "stream"}:
-            raise ApiError(
-                400,
-                "invalid_request",
-                'expected {"text": a string, "stream": true or false}; got other fields',
-            )
-        try:
-            body, stream = content.encode("utf-8"), wish
-        except UnicodeEncodeError:
-            raise ApiError(
-                400, "invalid_request", "text: expected Unicode; got a lone surrogate", param="text"
-            ) from None
-    if not body:
-        raise ApiError(400, "invalid_request", "expected a document; got an empty one")
-    return body, stream
-
-
-def _once(function: Callable[[], None]) -> Callable[[], None]:
-    """`function`, at the first call only."""
-    pending = [function]
-    return lambda: pending.pop()() if pending else None
 
 
 def _no_model(models: list[dict[str, Any]]) -> ApiError:

@@ -39,21 +39,23 @@ class ServeConfig:
     slots: int = 8
     """Texts that are written at one time."""
     chunk: int | None = None
-    """Bytes read at one time: how long one text may hold up the others. Default 8192 on CUDA, 1024 elsewhere."""
+    """Tokens read at one time: how long one text may hold up the others. Default 8192 on CUDA, 1024 elsewhere."""
     max_prompt_mb: float = 16.0
-    """Largest body of a request in MiB; larger ones are refused with 413."""
+    """Largest body of a completion in MiB; larger ones are refused with 413."""
+    max_prompt_tokens: int = 1 << 24
+    """Longest prompt of a completion in tokens; longer ones are refused with 400."""
     max_document_mb: float = 256.0
     """Largest document of a session in MiB."""
     max_task_mb: float = 4.0
     """Largest body of a classify or extract request in MiB."""
     max_uploads_mb: float = 1024.0
-    """Bytes of all bodies that are held at one time, in MiB; beyond, 429."""
+    """Bytes of all bodies that are held at one time, in MiB; beyond, 429. Ids take 2 bytes each besides, or 4."""
     max_tokens: int = 65536
     """Most tokens that a completion may ask for."""
     max_waiting: int = 64
     """Requests that wait for a place; beyond, 429 with Retry-After."""
-    max_backlog_mb: float = 512.0
-    """Bytes that wait to be read, in MiB, of all requests; beyond, 429 with Retry-After."""
+    max_backlog_tokens: int = 1 << 29
+    """Tokens that wait to be read, of all requests; beyond, 429 with Retry-After."""
     max_wait_seconds: float = 120.0
     """A request that found no place in this time gets 503."""
     body_seconds: float = 300.0
@@ -75,7 +77,15 @@ class ServeConfig:
             raise ValueError(f"port: expected 0 .. 65535; got {self.port}")
         if not re.fullmatch(r"[\w.:/-]{1,100}", self.name):
             raise ValueError(f"name: expected up to 100 letters, digits and . _ : / -; got {self.name!r}")
-        for name in ("slots", "max_tokens", "max_waiting", "max_sessions"):
+        counts = (
+            "slots",
+            "max_prompt_tokens",
+            "max_tokens",
+            "max_waiting",
+            "max_backlog_tokens",
+            "max_sessions",
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1; got {getattr(self, name)}")
         if self.chunk is not None and self.chunk < 1:

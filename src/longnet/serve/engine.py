@@ -15,27 +15,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longnet import text
 from longnet.model.cache import LongNetCache
-from longnet.serve.jobs import (
-    Call,
-    Completion,
-    Done,
-    Event,
-    Failed,
-    Job,
-    Moved,
-    Progress,
-    Reading,
-    Refused,
-    Text,
-    Writer,
-)
-from longnet.serve.slots import Slots
+from longnet.serve.failures import DEAD, judge
+from longnet.serve.jobs import Call, Completion, Done, Event, Failed, Job, Moved, Progress, Reading, Refused
 from longnet.serve.statistics import Statistics
+from longnet.serve.writing import Writing
+from longnet.text import Tokenizer
 
 log = logging.getLogger("longnet.serve")
 
@@ -43,8 +32,6 @@ log = logging.getLogger("longnet.serve")
 READERS = 2
 # Every so many chunks one goes to the text that has been read for longest.
 OLDEST = 4
-DEAD = Failed(503, "engine_dead", "the model has failed; the server is going down")
-BROKEN = Failed(500, "numerical_error", "the model gave no finite probabilities for this request")
 
 
 class _Open:
@@ -55,18 +42,12 @@ class _Open:
         self.cache: Any = None  # made at the first chunk
 
 
-class _Running:
-    """A text that is being written."""
-
-    def __init__(self, job: Completion) -> None:
-        self.job, self.writer, self.written, self.last = job, Writer(job.stop), 0, time.monotonic()
-
-
 class Engine:
     """Runs jobs, many at a time. `submit` and `cancel` may be called from any thread.
 
     Args:
-        model: a causal LongNet over bytes, or None where only calls are made.
+        model: a causal LongNet, or None where only calls are made.
+        tokenizer: the model's, or None without one.
         slots: texts written at one time.
         chunk: tokens read at one time, of one text.
         max_waiting: jobs that wait for a place at most.
@@ -75,8 +56,8 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, *, slots: int = 8, chunk: int = 1024, max_waiting: int = 64, max_backlog: int = 1 << 24,
-        max_wait: float = 120.0,
+        self, model: Any, tokenizer: Tokenizer | None, *, slots: int = 8, chunk: int = 1024, max_waiting: int = 64,
+        max_backlog: int = 1 << 24, max_wait: float = 120.0,
     ) -> None:  # fmt: skip
         self.model, self.chunk = model, chunk
         self.max_waiting, self.max_backlog, self.max_wait = max_waiting, max_backlog, max_wait
@@ -86,15 +67,11 @@ class Engine:
         self.drain_until: float | None = None
         self._waiting: deque[Job] = deque()
         self._reading: deque[_Open] = deque()
-        self._running: dict[int, _Running] = {}
         self._turns = 0
-        self._free = list(range(slots))
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="longnet-engine", daemon=True)
-        if model is not None:
-            self.device = model.device
-            with torch.inference_mode():
-                self.slots = Slots(model, slots)
+        with torch.inference_mode():
+            self.writing = Writing(model, tokenizer, slots)
 
     # From other threads.
 
@@ -102,13 +79,14 @@ class Engine:
         self._thread.start()
 
     def warm_up(self) -> None:
-        """Read two chunks and write a few bytes: kernels are compiled and graphs captured before the first request.
+        """Read two chunks and write a few tokens: kernels are compiled and graphs captured before the first request.
 
         Raises:
             ValueError: the model cannot do it.
         """
         events: queue.Queue[Event] = queue.Queue()
-        self.submit(Completion(emit=events.put, data=b" " * (self.chunk + 1), max_tokens=3))
+        ids = np.full(self.chunk + 1, self.writing.tokenizer.end)
+        self.submit(Completion(emit=events.put, ids=ids, max_tokens=3))
         while not isinstance(event := events.get(timeout=600), Done | Failed):
             pass
         if isinstance(event, Failed):
@@ -156,10 +134,10 @@ class Engine:
             self._thread.join(timeout=60)
 
     def report(self) -> dict[str, Any]:
-        cache = 0 if self.model is None else self.slots.cache.nbytes()
+        cache = 0 if self.model is None else self.writing.slots.cache.nbytes()
         return {
-            "waiting": len(self._waiting), "reading": len(self._reading), "writing": len(self._running),
-            "free_slots": len(self._free), "backlog_tokens": self.backlog(), "slot_cache_bytes": cache,
+            "waiting": len(self._waiting), "reading": len(self._reading), "writing": len(self.writing.running),
+            "free_slots": len(self.writing.free), "backlog_tokens": self.backlog(), "slot_cache_bytes": cache,
         }  # fmt: skip
 
     def _delay(self, backlog: int) -> int:
@@ -187,7 +165,7 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._waiting or self._reading or self._running):
+            while not (self._waiting or self._reading or self.writing.running):
                 if self.drain_until is not None:
                     return False
                 self._wake.wait(0.2)  # a signal handler cannot notify
@@ -200,8 +178,9 @@ class Engine:
             opened = self._next()
             if not self._read_chunk(opened):
                 self._reading.remove(opened)
-        if self._running:
-            self._write_token()
+        if self.writing.running:
+            for job, end in self.writing.step(self.statistics):
+                self._end(job, end)
         if call is not None:
             self._call(call)
 
@@ -218,14 +197,14 @@ class Engine:
             expired = [job for job in self._waiting if job.created < late and not job.cancelled]
             self._waiting = deque(job for job in self._waiting if not job.cancelled and job.created >= late)
         for job in expired:
-            self._fail(job, Failed(503, "waited_too_long", "no place became free in time; try again later"))
+            self._end(job, Failed(503, "waited_too_long", "no place became free in time; try again later"))
         for opened in [o for o in self._reading if o.job.cancelled]:
             self._reading.remove(opened)
             if opened.slot is not None:
-                self._free.append(opened.slot)
+                self.writing.free.append(opened.slot)
             self.statistics.jobs["cancelled"] += 1
-        for slot in [slot for slot, running in self._running.items() if running.job.cancelled]:
-            self._leave(slot)
+        for slot in [slot for slot, running in self.writing.running.items() if running.job.cancelled]:
+            self.writing.leave(slot)
             self.statistics.jobs["cancelled"] += 1
 
     def _admit(self) -> Call | None:
@@ -235,8 +214,8 @@ class Engine:
         with self._wake:
             stay: deque[Job] = deque()
             for job in self._waiting:
-                if isinstance(job, Completion) and self._free:
-                    self._reading.append(_Open(job, self._free.pop()))
+                if isinstance(job, Completion) and self.writing.free:
+                    self._reading.append(_Open(job, self.writing.free.pop()))
                 elif type(job) is Reading and readers < READERS:
                     self._reading.append(_Open(job, None))
                     readers += 1
@@ -249,11 +228,11 @@ class Engine:
 
     def _begin(self, job: Reading) -> LongNetCache:
         if job.prefix is None:
-            return LongNetCache(self.model.config, 1, self.device, self.model.dtype)
-        if job.prefix.device == self.device:
+            return LongNetCache(self.model.config, 1, self.model.device, self.model.dtype)
+        if job.prefix.device == self.model.device:
             return job.prefix.take([0])
-        moved = job.prefix.to(self.device)
-        self._emit(job, Moved(moved))
+        moved = job.prefix.to(self.model.device)
+        job.tell(Moved(moved))
         return moved.take([0])
 
     def _read_chunk(self, opened: _Open) -> bool:
@@ -263,23 +242,23 @@ class Engine:
             if opened.cache is None:
                 opened.cache = self._begin(job)
             logits = self._read(opened)
-            self._emit(job, Progress(opened.done, len(job.data), opened.cache.nbytes()))
-            if opened.done < len(job.data):
+            job.tell(Progress(opened.done, len(job.ids), opened.cache.nbytes()))
+            if opened.done < len(job.ids):
                 return True
             self._finish_reading(opened, logits)
         except Exception as error:
-            failure = self._judge(error)
-            if opened.slot is not None and opened.slot not in self._running:
-                self._free.append(opened.slot)
-            self._fail(job, failure)
+            failure = judge(error)
+            if opened.slot is not None:
+                self.writing.free.append(opened.slot)
+            self._end(job, failure)
         return False
 
     def _read(self, opened: _Open) -> Tensor:
         began = time.monotonic()
-        part = opened.job.ids(opened.done, opened.done + self.chunk)
-        ids = torch.from_numpy(part)[None].to(self.device)
+        part = opened.job.ids[opened.done : opened.done + self.chunk]
+        ids = torch.from_numpy(part.astype(np.int64))[None].to(self.model.device)
         output = self.model(input_ids=ids, past_key_values=opened.cache, use_cache=True, logits_to_keep=1)
-        if self.device.type == "cuda":
+        if self.model.device.type == "cuda":
             # Without it the host would queue chunks far ahead, and a cancelled text would be read on.
             torch.cuda.current_stream().synchronize()
         opened.done += len(part)
@@ -291,121 +270,37 @@ class Engine:
         job, slot = opened.job, opened.slot
         if not isinstance(job, Completion) or slot is None:
             kept = opened.cache.take([0])
-            self._done(job, Done(value=(kept, kept if kept.device.type == "cpu" else kept.to("cpu"))))
+            self._end(job, Done(value=(kept, kept if kept.device.type == "cpu" else kept.to("cpu"))))
             return
-        self.slots.put(slot, opened.cache, logits, job)
-        self._running[slot] = _Running(job)
-
-    def _write_token(self) -> None:
-        """One token of every text that is being written."""
-        tokens, faults = self.slots.draw()
-        for slot, running in list(self._running.items()):
-            if faults[slot]:
-                self._leave(slot)
-                self._fail(running.job, BROKEN)
-            else:
-                self._add(slot, running, tokens[slot])
-        if self._running:
-            self._step()
-
-    def _add(self, slot: int, running: _Running, token: int) -> None:
-        job, now = running.job, time.monotonic()
-        latency = self.statistics.between_tokens if running.written else self.statistics.first_token
-        latency.add(now - (running.last if running.written else job.created))
-        running.written, running.last = running.written + 1, now
-        self.statistics.tokens_written += 1
-        ended = token == text.EOS
-        piece = "" if ended else running.writer.add(token)
-        ended = ended or running.writer.stopped
-        if ended or running.written == job.max_tokens:
-            piece += running.writer.finish()
-            self._leave(slot)
-        if piece:
-            self._emit(job, Text(piece))
-        if slot not in self._running:
-            self._done(job, Done("stop" if ended else "length", running.written))
-
-    def _step(self) -> None:
-        """The model reads what was written."""
-        before = self.slots.cache.host_positions
-        try:
-            self.slots.read(self._running)
-        except Exception as error:
-            failure = self._judge(error)
-            if (
-                self.slots.cache.host_positions != before
-                or "hierarchical" in self.model.config.attention_kinds()
-            ):
-                # Some layers may have read the token and some not: no state can be trusted.
-                self._fail_running(failure)
-            else:
-                self._step_one_by_one(failure)
-
-    def _step_one_by_one(self, failure: Failed) -> None:
-        """The batch has failed: find out whose fault it is, and go on with the others."""
-        for slot, running in list(self._running.items()):
-            try:
-                self.slots.read_alone(slot)
-            except Exception as error:
-                self._judge(error)
-                self._leave(slot)
-                self._fail(running.job, failure)
-
-    def _fail_running(self, failure: Failed) -> None:
-        for slot, running in list(self._running.items()):
-            self._leave(slot)
-            self._fail(running.job, failure)
+        self.writing.join(slot, opened.cache, logits, job)
 
     def _call(self, call: Call) -> None:
+        end: Done | Failed
         try:
-            self._done(call, Done(value=call.function()))
+            end = Done(value=call.function())
+        except torch.AcceleratorError:
+            self._end(call, DEAD)
+            raise
         except Exception as error:
-            failure = self._judge(error, call)
-            self._fail(call, failure)
+            end = judge(error)
+        self._end(call, end)
 
     # Endings.
 
-    def _leave(self, slot: int) -> None:
-        del self._running[slot]
-        self.slots.clear(slot)
-        self._free.append(slot)
-
-    def _judge(self, error: Exception, call: Call | None = None) -> Failed:
-        """What to tell the client of a job; raises, and fails the call at hand, where the device can do no more."""
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            log.warning("out of memory")
-            return Failed(503, "out_of_memory", "not enough memory for this request now")
-        if isinstance(error, torch.AcceleratorError):
-            if call is not None:
-                self._fail(call, DEAD)
-            raise error
-        log.error("a request has failed", exc_info=error)
-        return Failed(500, "internal_error", "the model failed on this request")
-
-    def _done(self, job: Job, done: Done) -> None:
-        self.statistics.jobs["done"] += 1
-        self.statistics.whole_job.add(time.monotonic() - job.created)
-        self._emit(job, done)
-
-    def _fail(self, job: Job, failure: Failed) -> None:
-        self.statistics.jobs[failure.code] += 1
-        self._emit(job, failure)
+    def _end(self, job: Job, end: Done | Failed) -> None:
+        if isinstance(end, Done):
+            self.statistics.jobs["done"] += 1
+            self.statistics.whole_job.add(time.monotonic() - job.created)
+        else:
+            self.statistics.jobs[end.code] += 1
+        job.tell(end)
 
     def _fail_all(self, failure: Failed) -> None:
         with self._wake:
-            jobs = [*self._waiting, *(o.job for o in self._reading), *(r.job for r in self._running.values())]
+            writing = [running.job for running in self.writing.running.values()]
+            jobs = [*self._waiting, *(o.job for o in self._reading), *writing]
             self._waiting.clear()
         self._reading.clear()
-        self._running.clear()
+        self.writing.running.clear()
         for job in jobs:
-            self._fail(job, failure)
-
-    def _emit(self, job: Job, event: Event) -> None:
-        if job.cancelled:
-            return
-        try:
-            job.emit(event)
-        except Exception:  # the receiver is gone
-            job.cancelled = True
+            self._end(job, failure)

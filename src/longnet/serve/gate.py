@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -107,7 +107,7 @@ class Bodies:
         self.total, self.seconds, self.held = total, seconds, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """The whole body. The caller gives its length back with `release`.
+        """The whole body. The caller gives its length back with `releaser`.
 
         Raises:
             ApiError: 413 beyond `limit` bytes, as soon as that is known; 429 beyond `total`; 408 where it takes too long.
@@ -140,8 +140,14 @@ class Bodies:
             raise
         return b"".join(parts)
 
-    def release(self, size: int) -> None:
-        self.held -= size
+    def releaser(self, size: int) -> Callable[[], None]:
+        """Gives `size` bytes back, at its first call only."""
+        pending = [size]
+
+        def release() -> None:
+            self.held -= pending.pop() if pending else 0
+
+        return release
 
 
 def _too_large(limit: int) -> ApiError:

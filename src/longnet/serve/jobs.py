@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from longnet import text
 from longnet.model.cache import LongNetCache
 
 
@@ -79,6 +77,15 @@ class Job:
         """Tokens to read."""
         return 0
 
+    def tell(self, event: Event) -> None:
+        """Nothing once it is cancelled, which a receiver that is gone makes it."""
+        if self.cancelled:
+            return
+        try:
+            self.emit(event)
+        except Exception:
+            self.cancelled = True
+
 
 @dataclass(eq=False, kw_only=True)
 class Call(Job):
@@ -94,21 +101,17 @@ class Call(Job):
 
 @dataclass(eq=False, kw_only=True)
 class Reading(Job):
-    """Read `data` (UTF-8 or any bytes, or ids) after `prefix`, a cache of one sequence, which stays as it is.
+    """Read ids (n,), at least one, after `prefix`, a cache of one sequence, which stays as it is.
 
     Done.value: (cache on the device, the same on the CPU), if nothing is to be written.
     """
 
-    data: bytes | np.ndarray
+    ids: np.ndarray
     prefix: LongNetCache | None = None
 
     @property
     def weight(self) -> int:
-        return len(self.data)
-
-    def ids(self, begin: int, end: int) -> np.ndarray:
-        part = self.data[begin:end]
-        return (text.encode(part) if isinstance(part, bytes) else part).astype(np.int64)
+        return len(self.ids)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -120,40 +123,3 @@ class Completion(Reading):
     top_p: float = 1.0
     seed: int = 0
     stop: Sequence[bytes] = ()
-
-
-class Writer:
-    """Ids to text, up to the first stop text: holds back what may be its beginning, and unfinished characters.
-
-    Example:
-        >>> writer = Writer([b"END"])
-        >>> "".join(writer.add(token) for token in text.encode("to the ENd. EEND and")), writer.stopped
-        ('to the ENd. E', True)
-    """
-
-    def __init__(self, stops: Sequence[bytes]) -> None:
-        self.stops, self.stopped = stops, False
-        self._held = b""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int) -> str:
-        if self.stopped:
-            return ""
-        self._held += text.decode_bytes([token])
-        ends = [self._held.find(stop) for stop in self.stops if stop in self._held]
-        if ends:
-            self._held, self.stopped = self._held[: min(ends)], True
-            return self.finish()
-        keep = max((_overlap(self._held, stop) for stop in self.stops), default=0)
-        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return self._decoder.decode(ready)
-
-    def finish(self) -> str:
-        """What was held back."""
-        held, self._held = self._held, b""
-        return self._decoder.decode(held, final=True)
-
-
-def _overlap(data: bytes, stop: bytes) -> int:
-    """Length of the longest end of `data` that is a beginning of `stop`, and not all of it."""
-    return next((n for n in range(min(len(data), len(stop) - 1), 0, -1) if data.endswith(stop[:n])), 0)

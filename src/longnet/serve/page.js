@@ -79,7 +79,7 @@ function element(name, attributes, text) {
   return made;
 }
 
-/** Memory of what is kept against bytes read. */
+/** Memory of what is kept against tokens read. */
 function chart(points) {
   const last = points[points.length - 1];
   const top = Math.max(...points.map((p) => p.cache_bytes)) * 1.25;
@@ -91,7 +91,7 @@ function chart(points) {
     element("polyline", { points: `50,120 ${line}`, fill: "none", stroke: "var(--ink)", "stroke-width": 2.5 }),
     element("text", { x: 50, y: 14, "font-size": 11, fill: "currentColor" }, `memory kept: ${bytes(last.cache_bytes)}`),
     element("text", { x: 620, y: 135, "font-size": 11, "text-anchor": "end", fill: "currentColor" },
-      `${last.read.toLocaleString("en")} of ${last.total.toLocaleString("en")} bytes read`),
+      `${last.read.toLocaleString("en")} of ${last.total.toLocaleString("en")} tokens read`),
   );
 }
 
@@ -115,7 +115,7 @@ async function read() {
       points.push(event);
       const seconds = (performance.now() - began) / 1000;
       $("progress").value = event.read / event.total;
-      $("figures").textContent = `${event.read.toLocaleString("en")} bytes read, ` +
+      $("figures").textContent = `${event.read.toLocaleString("en")} tokens read, ` +
         `${Math.round(event.read / seconds).toLocaleString("en")} a second, memory kept ${bytes(event.cache_bytes)}`;
       if (points.length > 400) points.splice(0, points.length, ...points.filter((_, i) => i % 2 === points.length % 2));
       chart(points);
@@ -127,7 +127,7 @@ async function read() {
   }
   if (old) call(`/v1/sessions/${old.id}`, { method: "DELETE" }).catch(() => {});
   $("writing").hidden = false;
-  say(`read once: ${session.tokens.toLocaleString("en")} bytes, kept in ${bytes(session.cache_bytes)}`);
+  say(`read once: ${session.tokens.toLocaleString("en")} tokens, kept in ${bytes(session.cache_bytes)}`);
 }
 
 async function write() {

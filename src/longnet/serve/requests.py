@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from longnet import text
 from longnet.serve.gate import ApiError
+from longnet.text import Tokenizer
 
 SHOWN_ERRORS, SHOWN_CHARACTERS = 10, 100
 MAX_STOPS, MAX_STOP_BYTES = 4, 256
@@ -108,10 +108,13 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A checked body of /v1/completions."""
+    """A checked body of /v1/completions.
+
+    prompt: UTF-8 bytes that are no ids yet, or ids.
+    """
 
     model: str | None
-    data: bytes | np.ndarray
+    prompt: bytes | np.ndarray
     max_tokens: int
     temperature: float
     top_p: float
@@ -122,15 +125,15 @@ class CompletionRequest:
     session_id: str | None
 
 
-def completion_request(body: bytes, max_tokens: int, max_prompt: int) -> CompletionRequest:
+def completion_request(body: bytes, max_tokens: int, tokenizer: Tokenizer) -> CompletionRequest:
     """Raises ApiError 400 for a wrong body, 404 is the caller's."""
     fields = Fields(parse_json(body))
     model = fields.string("model")
     session = fields.string("session_id")
-    data = _prompt(fields, session is not None)
+    prompt = _prompt(fields, session is not None, tokenizer)
     request = CompletionRequest(
         model=model,
-        data=data,
+        prompt=prompt,
         max_tokens=fields.integer("max_tokens", 16, 1, max_tokens),
         temperature=fields.number("temperature", 1.0, "a number from 0 to 2", 0.0, 2.0),
         top_p=fields.number("top_p", 1.0, "a number above 0, at most 1", 1e-9, 1.0),
@@ -147,17 +150,10 @@ def completion_request(body: bytes, max_tokens: int, max_prompt: int) -> Complet
         )  # fmt: skip
     fields.string("user")
     fields.finish()
-    if len(data) > max_prompt:
-        raise ApiError(
-            400,
-            "prompt_too_long",
-            f"prompt: expected at most {max_prompt} tokens; got {len(data)}",
-            param="prompt",
-        )
     return request
 
 
-def _prompt(fields: Fields, continues: bool) -> bytes | np.ndarray:
+def _prompt(fields: Fields, continues: bool, tokenizer: Tokenizer) -> bytes | np.ndarray:
     """UTF-8 bytes, or ids. An empty text begins after the end of another one; in a session it is nothing to add."""
     value = fields.take("prompt", "", "a string, or a list of token ids", lambda x: isinstance(x, str | list))
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
@@ -168,16 +164,17 @@ def _prompt(fields: Fields, continues: bool) -> bytes | np.ndarray:
         except UnicodeEncodeError:
             fields.wrong("prompt", "Unicode text", "a lone surrogate")
             return b""
-        return data if data or continues else np.array([text.EOS], np.uint16)
-    if any(type(x) is not int or not 0 <= x < text.VOCAB_SIZE for x in value):
+        return data if data or continues else np.array([tokenizer.end], tokenizer.dtype)
+    size = len(tokenizer.spelling)
+    if any(type(x) is not int or not 0 <= x < size for x in value):
         several = bool(value) and all(isinstance(x, str | list) for x in value)
         fields.wrong(
             "prompt",
-            "one prompt a request" if several else f"token ids from 0 to {text.VOCAB_SIZE - 1}",
+            "one prompt a request" if several else f"token ids from 0 to {size - 1}",
             f"{len(value)} of them" if several else "others",
         )
         return b""
-    return np.array(value if value or continues else [text.EOS], np.uint16)
+    return np.array(value if value or continues else [tokenizer.end], tokenizer.dtype)
 
 
 def _stops(fields: Fields) -> tuple[bytes, ...]:
@@ -202,6 +199,19 @@ def _include_usage(fields: Fields) -> bool:
         fields.wrong("stream_options", '{"include_usage": true or false}', options)
         return False
     return options.get("include_usage", False)
+
+
+def document_request(body: bytes, stream: bool) -> tuple[bytes, bool]:
+    """(the document, whether to tell how far it is read) of a session's JSON; `stream` where it does not say."""
+    fields = parse_json(body)
+    content, stream = fields.get("text"), fields.get("stream", stream)
+    if not isinstance(content, str) or not isinstance(stream, bool) or set(fields) - {"text", "stream"}:
+        raise ApiError(
+            400, "invalid_request", 'expected {"text": a string, "stream": true or false}; got other fields'
+        )
+    if not _is_unicode(content):
+        raise ApiError(400, "invalid_request", "text: expected Unicode; got a lone surrogate", param="text")
+    return content.encode("utf-8"), stream
 
 
 def task_request(body: bytes, *, passages: bool) -> tuple[list[str], int, str | None]:

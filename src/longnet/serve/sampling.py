@@ -8,12 +8,12 @@ from torch import Tensor
 _BITS = 23  # of a uniform number: it and its half step are exact in fp32, so it is never 0 nor 1
 
 
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor | None, seeds: Tensor, steps: Tensor) -> Tensor:
     """ids (S,) from logits (S, V) fp32; no host synchronisation.
 
     Args:
         temperature: (S,); 0 takes the likeliest id.
-        top_p: (S,) in (0, 1]: the fewest likeliest ids that hold this mass; 1 keeps all.
+        top_p: (S,) in (0, 1]: the fewest likeliest ids that hold this mass; 1 keeps all. None does so without sorting them.
         seeds, steps: (S,) int64. argmax(logits / temperature + Gumbel noise of (seed, step, id)) is a draw from the softmax.
 
     Example:
@@ -23,11 +23,12 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, seeds: Tensor, st
     """
     greedy = logits.argmax(-1)
     scaled = logits / temperature.clamp(min=1e-6)[:, None]
-    ordered, index = scaled.sort(-1, descending=True)
-    mass = torch.softmax(ordered, -1)
-    # An id stays if the ids before it do not yet reach top_p, so the first always stays.
-    cut = (mass.cumsum(-1) - mass >= top_p[:, None]) & (top_p < 1)[:, None]
-    scaled = scaled.masked_fill(torch.zeros_like(cut).scatter(1, index, cut), -torch.inf)
+    if top_p is not None:
+        ordered, index = scaled.sort(-1, descending=True)
+        mass = torch.softmax(ordered, -1)
+        # An id stays if the ids before it do not yet reach top_p, so the first always stays.
+        cut = (mass.cumsum(-1) - mass >= top_p[:, None]) & (top_p < 1)[:, None]
+        scaled = scaled.masked_fill(torch.zeros_like(cut).scatter(1, index, cut), -torch.inf)
     drawn = (scaled + gumbel(seeds, steps, logits.shape[1])).argmax(-1)
     return torch.where(temperature > 0, drawn, greedy)
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import uvicorn
 
-from longnet import text
-from longnet.integrations.tokenizer import require_bytes, tokenizer_of_model
+from longnet.integrations.tokenizer import tokenizer_of_model
 from longnet.model import LongNetForCausalLM
 from longnet.model.folder import load_whole
 from longnet.serve.app import Api
 from longnet.serve.config import ServeConfig, api_keys
 from longnet.serve.engine import Engine
 from longnet.serve.sessions import SessionStore, weights_name
+from longnet.text import Tokenizer
 
 log = logging.getLogger("longnet.serve")
 
@@ -112,7 +112,7 @@ def build(config: ServeConfig) -> tuple[Engine, Api]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a machine with CUDA; got none; use --device cpu")
-    classifier = extractor = model = sessions = None
+    classifier = extractor = model = sessions = tokenizer = None
     if config.classify is not None:
         from longnet.tasks.classification import DocumentClassifier
 
@@ -122,27 +122,28 @@ def build(config: ServeConfig) -> tuple[Engine, Api]:
 
         extractor = load_extractor(config.extract, device)
     if config.model is not None:
-        model = load(config.model, device, config.dtype)
+        model, tokenizer = load(config.model, device, config.dtype)
         name = weights_name(config.model) if config.session_folder is not None else "this run's"
         sessions = SessionStore(
-            config.session_folder, model.config, name, config.max_sessions, config.bytes("resident")
+            config.session_folder,
+            model.config,
+            name,
+            tokenizer.name,
+            config.max_sessions,
+            config.bytes("resident"),
         )
     engine = Engine(
-        model, slots=config.slots, chunk=config.chunk or (8192 if device == "cuda" else 1024),
-        max_waiting=config.max_waiting, max_backlog=config.bytes("max_backlog"), max_wait=config.max_wait_seconds,
+        model, tokenizer, slots=config.slots, chunk=config.chunk or (8192 if device == "cuda" else 1024),
+        max_waiting=config.max_waiting, max_backlog=config.max_backlog_tokens, max_wait=config.max_wait_seconds,
     )  # fmt: skip
-    return engine, Api(config, engine, sessions, classifier, extractor)
+    return engine, Api(config, engine, sessions, tokenizer, classifier, extractor)
 
 
-def load(path: Path, device: str, dtype: str) -> LongNetForCausalLM:
-    """A causal byte model. Raises ValueError for anything else."""
+def load(path: Path, device: str, dtype: str) -> tuple[LongNetForCausalLM, Tokenizer]:
+    """A causal model and its tokenizer. Raises ValueError for anything else."""
     if dtype == "auto" and device == "cuda":
         dtype = "bfloat16"
     model = load_whole(LongNetForCausalLM, path, dtype=dtype).eval()
-    require_bytes(tokenizer_of_model(path, model.config.vocab_size), "--model of `longnet serve`")
-    if model.config.vocab_size != text.VOCAB_SIZE:
-        raise ValueError(
-            f"model: expected a byte model with {text.VOCAB_SIZE} ids; got {model.config.vocab_size} in {path}"
-        )
+    tokenizer = tokenizer_of_model(path, model.config.vocab_size)
     torch.nn.Module.to(model, device)
-    return model
+    return model, tokenizer

@@ -28,6 +28,7 @@ class Session:
     id: str
     owner: str
     model: str
+    tokenizer: str
     created: float
     last_used: float
     tokens: int
@@ -41,32 +42,42 @@ class SessionStore:
     Args:
         folder: of the files; None makes one that goes with the store.
         config: of the model.
-        model: a name for the weights: sessions of other weights in the folder are left alone.
+        model, tokenizer: names for the weights and of the tokenizer: sessions of others in the folder are left alone.
         limit: sessions kept; the one unused for longest goes first.
         resident: bytes of caches in memory; at least one is.
     """
 
-    def __init__(self, folder: Path | None, config: Any, model: str, limit: int, resident: int) -> None:
+    def __init__(
+        self, folder: Path | None, config: Any, model: str, tokenizer: str, limit: int, resident: int
+    ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="longnet-sessions-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary else Path(str(folder))
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.config, self.model, self.limit, self.resident = config, model, limit, resident
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.limit, self.resident = limit, resident
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # the one used last at the end
         self._caches: OrderedDict[str, LongNetCache] = OrderedDict()
         self._find()
 
     def _find(self) -> None:
-        """Sessions of an earlier run with the same weights."""
+        """Sessions of an earlier run with the same weights and tokenizer."""
         found = []
         for path in self.folder.glob("*.json"):
             try:
                 session = Session(**json.loads(path.read_text()))
                 if (
-                    session.id == path.stem
-                    and session.model == self.model
-                    and self._file(session.id).is_file()
+                    session.id != path.stem
+                    or session.model != self.model
+                    or not self._file(path.stem).is_file()
                 ):
+                    continue
+                if session.tokenizer == self.tokenizer:
                     found.append(session)
+                else:  # what is asked would be written in other ids than the document was
+                    log.warning(
+                        "%s: expected a session with tokenizer %s; got %s; left alone",
+                        path.name, self.tokenizer, session.tokenizer,
+                    )  # fmt: skip
             except (OSError, ValueError, TypeError) as error:
                 log.warning("%s: expected a session; got %r; left alone", path.name, error)
         for session in sorted(found, key=lambda s: s.last_used):
@@ -81,7 +92,7 @@ class SessionStore:
         """Save a cache; `kept` is the one to go on with, `host` the same on the CPU. Raises OSError if the disk is full."""
         now = time.time()
         name = f"sess-{secrets.token_hex(16)}"
-        session = Session(name, owner, self.model, now, now, tokens, last, kept.nbytes())
+        session = Session(name, owner, self.model, self.tokenizer, now, now, tokens, last, kept.nbytes())
         try:
             await asyncio.to_thread(host.save, self._file(name))
             await asyncio.to_thread(self._write, session)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet import text
 from longnet.model.cache import LongNetCache
 from longnet.model.graph import GraphedStep, unsupported
 from longnet.serve.jobs import Completion
 from longnet.serve.sampling import sample
+from longnet.text import Tokenizer
 
 # An idle place of a captured batch advances with the others; it is sent back now and then.
 IDLE_TOKENS = 1024
@@ -21,7 +21,7 @@ IDLE_TOKENS = 1024
 class Slots:
     """`count` places. A step draws one id in each, then the model reads them, as a CUDA graph where that can be."""
 
-    def __init__(self, model: Any, count: int) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer, count: int) -> None:
         self.model, self.device = model, model.device
         self.cache = LongNetCache(model.config, count, model.device, model.dtype)
         self.cache.reserve_all()  # what does not fit should fail now, and a captured step stays valid
@@ -29,8 +29,10 @@ class Slots:
         self._logits = torch.zeros(count, model.config.vocab_size, device=self.device)
         self._temperature, self._top_p = torch.zeros(2, count, device=self.device)
         self._seeds, self._steps = torch.zeros(2, count, dtype=torch.int64, device=self.device)
+        self._sorted: set[int] = set()  # slots whose top_p asks for an order, the dearest part of a draw
         self._ids = torch.zeros(count, dtype=torch.int64, device=self.device)
-        self._never = torch.tensor([text.PAD, text.BOS, text.MASK], device=self.device)
+        beyond = range(len(tokenizer.spelling), model.config.vocab_size)
+        self._never = torch.tensor([*tokenizer.unwritten, *beyond], dtype=torch.int64, device=self.device)
 
     def put(self, slot: int, cache: LongNetCache, logits: Tensor, job: Completion) -> None:
         """A text joins that has read its prompt: logits (V,) are those of its first id."""
@@ -38,15 +40,19 @@ class Slots:
         self._logits[slot] = logits
         self._temperature[slot], self._top_p[slot] = job.temperature, job.top_p
         self._seeds[slot], self._steps[slot] = job.seed, 0
+        if job.temperature > 0 and job.top_p < 1:
+            self._sorted.add(slot)
 
     def clear(self, slot: int) -> None:
         """A text leaves; nothing of it stays."""
         self.cache.clear(slot)
+        self._sorted.discard(slot)
 
     def draw(self) -> tuple[list[int], list[int]]:
         """(the next id, whether there was none to draw) of every slot, those of empty ones without meaning."""
         logits = self._logits.index_fill(1, self._never, -torch.inf)
-        self._ids = sample(logits, self._temperature, self._top_p, self._seeds, self._steps)
+        top_p = self._top_p if self._sorted else None
+        self._ids = sample(logits, self._temperature, top_p, self._seeds, self._steps)
         self._steps += 1
         # NaN, +inf, or nothing left: the largest logit tells. One transfer carries ids and health.
         broken = ~logits.amax(-1).isfinite()
