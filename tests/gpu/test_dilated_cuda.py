@@ -55,8 +55,16 @@ def test_lengths(tokens, causal, impl):
     check(tokens, 4, 4, 64, GEOMETRIC, torch.bfloat16, causal=causal, impl=impl)
 
 
-@pytest.mark.parametrize("impl", [None, "triton"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "impl"),
+    [
+        (torch.bfloat16, "strided"),
+        (torch.float16, "strided"),
+        (torch.bfloat16, "triton"),
+        (torch.float16, "triton"),
+        (torch.float32, "triton"),
+    ],
+)
 @pytest.mark.parametrize(
     ("heads", "key_heads", "width"),
     [(4, 4, 128), (8, 1, 64), (6, 2, 96), (4, 2, 80), (3, 3, 24), (12, 3, 48), (2, 1, 16)],
@@ -89,7 +97,9 @@ def test_tiles_of_smaller_gpus(monkeypatch, kib, width, dtype):
 
 
 def test_the_path_is_chosen_by_what_the_library_can_do():
-    q = random(2, 300, 4, 64)
+    few = random(2, 300, 4, 64)
+    assert "takes impl='triton'" in longnet.explain(few, few, few, GEOMETRIC)
+    q = torch.empty(2, 2**17, 12, 64, dtype=torch.bfloat16, device="cuda")
     assert "takes impl='strided'" in longnet.explain(q, q, q, GEOMETRIC)
     assert "takes impl='triton'" in longnet.explain(q.float(), q.float(), q.float(), GEOMETRIC)
     lengths = torch.tensor([300, 17], device="cuda")
@@ -112,13 +122,14 @@ def test_gradients_of_the_kernels_repeat_bit_for_bit():
 
 def test_causality_is_bit_equal_and_runs_repeat():
     q, k, v = (random(1, 3000, 4, 64, seed=i) for i in range(3))
-    first = dilated_attention(q, k, v, GEOMETRIC).out
     changed = [torch.cat((x[:, :2000], torch.randn_like(x[:, 2000:])), 1) for x in (q, k, v)]
-    assert torch.equal(dilated_attention(*changed, GEOMETRIC).out[:, :2000], first[:, :2000])
+    for impl in ("strided", "triton"):
+        first = dilated_attention(q, k, v, GEOMETRIC, impl=impl).out
+        assert torch.equal(dilated_attention(*changed, GEOMETRIC, impl=impl).out[:, :2000], first[:, :2000])
     dout, dlse = random(1, 3000, 4, 64, seed=5), random(1, 4, 3000, dtype=torch.float32, seed=6)
-    base = run((q, k, v), None, GEOMETRIC, dout, dlse)
+    base = run((q, k, v), "strided", GEOMETRIC, dout, dlse)
     for _ in range(20):
-        again = run((q, k, v), None, GEOMETRIC, dout, dlse)
+        again = run((q, k, v), "strided", GEOMETRIC, dout, dlse)
         # cuDNN adds up dq of the keys' programs with atomics; everything else repeats bit for bit.
         assert all(torch.equal(a, b) for a, b in zip(base[:2] + base[3:], again[:2] + again[3:], strict=True))
 
@@ -227,13 +238,15 @@ def test_a_captured_step_leaves_captures_outside_inference_mode_possible():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiles_without_a_graph_break(dtype):
-    q, k, v = (random(1, 1030, 4, 64, dtype=dtype, seed=i).requires_grad_() for i in range(3))
+@pytest.mark.parametrize("impl", [None, "strided"])
+def test_compiles_without_a_graph_break(impl):
+    q, k, v = (random(1, 1030, 4, 64, seed=i).requires_grad_() for i in range(3))
     compiled = torch.compile(
-        lambda q, k, v: dilated_attention(q * 1.0, k, v, GEOMETRIC).out.square(), fullgraph=True
+        lambda q, k, v: dilated_attention(q * 1.0, k, v, GEOMETRIC, impl=impl).out.square(), fullgraph=True
     )
-    expected = torch.autograd.grad(dilated_attention(q, k, v, GEOMETRIC).out.square().sum(), (q, k, v))
+    expected = torch.autograd.grad(
+        dilated_attention(q, k, v, GEOMETRIC, impl=impl).out.square().sum(), (q, k, v)
+    )
     for a, b in zip(torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v)), expected, strict=True):
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 

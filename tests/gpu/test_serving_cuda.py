@@ -88,7 +88,7 @@ def test_what_is_drawn_is_what_the_model_says(engine, model):
     ids = torch.from_numpy(np.concatenate((text.encode(data), new)).astype(np.int64))[None].cuda()
     with torch.inference_mode():
         logits = model(input_ids=ids).logits[0, len(data) - 1 : -1].float()
-    logits[:, [text.PAD, text.BOS, text.MASK]] = -torch.inf
+        logits[:, [text.PAD, text.BOS, text.MASK]] = -torch.inf
     chosen = logits.gather(1, ids[0, len(data) :, None])[:, 0]
     assert (logits.amax(1) - chosen <= 0.05 * logits.amax(1).abs() + 0.05).all()
 
