@@ -15,6 +15,7 @@ from longnet.train.chunked import ChunkStore
 
 GIB = 2**30
 RECORDS = Path(__file__).parents[1] / "benchmarks/results/h200-2026-11-24/billion"
+LATER = Path(__file__).parents[1] / "benchmarks/results/h200-2026-11-27/billion"
 
 
 def small(key_heads=4, **fields):
@@ -145,6 +146,17 @@ def test_the_recorded_training_step_of_a_billion_tokens():
     memory = (
         job.kept(chunk, False) + job.working(chunk, False) + 3 * job.rows(chunk) + 16 * record["parameters"]
     )
+    assert memory / GIB == pytest.approx(record["steps"][0]["peak_gib"], rel=0.15)
+
+
+def test_the_recorded_training_step_of_134_million_tokens():
+    record = json.loads((LATER / "train-base-134217728.json").read_text())
+    job = Job(config=geometric("base", record["trained"]), tokens=record["trained"])
+    chunked = next(s for s in strategies(job, Machine(memory=139 * GIB)) if s.name == "chunked")
+    assert chunked.options["chunk_tokens"] == record["chunk"]
+    # The run kept its hidden states in 16 bits: two of them a layer and token.
+    states = 2 * 2 * job.config.hidden_size * job.config.num_hidden_layers * record["chunk"]
+    memory = chunked.total - states
     assert memory / GIB == pytest.approx(record["steps"][0]["peak_gib"], rel=0.15)
 
 
