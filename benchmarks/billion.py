@@ -123,6 +123,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--warmup", type=int, default=0, help="train: steps over which the learning rate rises to its value"
+    )
     parser.add_argument("--max-seconds", type=float, default=540, help="train: preparation included")
     parser.add_argument("--state", type=Path, default=Path("/tmp/longnet-billion"), help="where a read stops")
     parser.add_argument(

@@ -40,11 +40,12 @@ def gradients(
 
 
 def distance(found: Gradients, wanted: Gradients) -> dict:
-    """Relative to the norm of what is wanted: of all gradients together, and of the parameter that is farthest off."""
+    """Relative to the norm of what is wanted: of all gradients together, of the middle parameter and of the farthest off."""
     whole = [torch.cat([x.flatten() for x in group.values()]) for group in (found, wanted)]
     each = {name: ((found[name] - x).norm() / x.norm()).item() for name, x in wanted.items()}
     worst = max(each, key=lambda name: each[name])
-    return {"all": ((whole[0] - whole[1]).norm() / whole[1].norm()).item(), "worst": each[worst], "of": worst}
+    together = ((whole[0] - whole[1]).norm() / whole[1].norm()).item()
+    return {"all": together, "median": float(np.median([*each.values()])), "worst": each[worst], "of": worst}
 
 
 def compare(options: argparse.Namespace, ids: np.ndarray) -> dict:

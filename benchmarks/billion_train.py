@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -146,14 +147,15 @@ def choose(
     """The faster of eager and compiled token-wise work, by estimates; the model is left as it needs it."""
     eager = estimate(model, ids, options, "eager")
     facts["estimates"], best, wanted = [eager], eager, eager.pop("gradients")
-    left = (deadline - time.perf_counter()) * SHARE
-    # Where the step fits as it is, and no more if the compiler takes all it may: the step comes first.
-    if not options.compile or left - options.compile < eager["seconds"] * options.steps <= left:
+    spare = (deadline - time.perf_counter()) * SHARE - eager["seconds"] * options.steps
+    # Where the steps fit as they are the compiler gets what they leave: should it fail, they fit still.
+    seconds = math.floor(min(options.compile, spare) if spare >= 0 else options.compile)
+    if seconds < 1:
         return eager
     before = [(layer, layer.attention_norm._compiled_call_impl) for layer in model.model.layers]
     compile_token_work(model)
     try:
-        with at_most(options.compile):
+        with at_most(seconds):
             compiled = estimate(model, ids, options, "compiled")
         difference = ((compiled.pop("gradients") - wanted).norm() / wanted.norm()).item()
         compiled["to_eager_gradients"] = difference
@@ -200,6 +202,8 @@ def train(
             break
         first = step % windows * options.tokens
         tokens = as_tensor(ids[first : first + options.tokens + 1])
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * min(1, (step + 1) / max(1, options.warmup))
         steps.append(
             {"first_token": first} | one_step(model, optimizer, tokens, options, way, f"step {step}")
         )

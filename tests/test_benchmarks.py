@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,27 @@ def test_a_training_step_that_would_take_too_long_is_halved_and_compiled_work_ch
     assert (result["way"], result["trained"]) == ("eager", 1024)
     assert "too long" in out
     assert [step["first_token"] for step in result["steps"]] == [0, 1024]
+
+
+@pytest.mark.parametrize(("left", "expected"), [(200, [30]), (96, [16]), (80.5, []), (50, [30])])
+def test_the_compiler_gets_the_time_that_steps_leave(monkeypatch, left, expected):
+    """Two steps of 40 s: what is left beyond them, at most what --compile says, all of that where they do not fit."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module, given = importlib.import_module("billion_train"), []
+
+    def limit(seconds):
+        given.append(seconds)
+        raise TimeoutError
+
+    model = SimpleNamespace(model=SimpleNamespace(layers=[]))
+    monkeypatch.setattr(module, "estimate", lambda *_: {"name": "eager", "seconds": 40.0, "gradients": None})
+    monkeypatch.setattr(module, "compile_token_work", lambda model: None)
+    monkeypatch.setattr(module, "at_most", limit)
+    monkeypatch.setattr(module, "SHARE", 1.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 0.0)
+    options = SimpleNamespace(compile=30, steps=2)
+    assert module.choose(model, None, options, {}, left)["name"] == "eager"
+    assert given == expected
 
 
 def test_layer_checkpointing_in_small(script, monkeypatch, tmp_path):

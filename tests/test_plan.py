@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longnet import DilatedPattern, LongNetCache, LongNetConfig, LongNetForCausalLM, plan
+from longnet import DilatedPattern, LongNetCache, LongNetConfig, LongNetForCausalLM, plan, schedule
 from longnet.model import transformer
 from longnet.model.tiles import set_tile
 from longnet.plan import Job, Machine, best_chunk, largest, pick, reading, strategies
@@ -15,6 +15,7 @@ from longnet.train.chunked import ChunkStore
 
 GIB = 2**30
 RECORDS = Path(__file__).parents[1] / "benchmarks/results/h200-2026-11-24/billion"
+LATER = Path(__file__).parents[1] / "benchmarks/results/h200-2026-11-27/billion"
 
 
 def small(key_heads=4, **fields):
@@ -148,6 +149,17 @@ def test_the_recorded_training_step_of_a_billion_tokens():
     assert memory / GIB == pytest.approx(record["steps"][0]["peak_gib"], rel=0.15)
 
 
+def test_the_recorded_training_step_of_134_million_tokens():
+    record = json.loads((LATER / "train-base-134217728.json").read_text())
+    job = Job(config=geometric("base", record["trained"]), tokens=record["trained"])
+    chunked = next(s for s in strategies(job, Machine(memory=139 * GIB)) if s.name == "chunked")
+    assert chunked.options["chunk_tokens"] == record["chunk"]
+    # The run kept its hidden states in 16 bits: two of them a layer and token.
+    states = 2 * 2 * job.config.hidden_size * job.config.num_hidden_layers * record["chunk"]
+    memory = chunked.total - states
+    assert memory / GIB == pytest.approx(record["steps"][0]["peak_gib"], rel=0.15)
+
+
 @pytest.mark.parametrize("preset", ["small", "base"])
 def test_the_recorded_readings_of_a_billion_tokens(preset):
     record = json.loads((RECORDS / f"read-{preset}-1000000000.json").read_text())
@@ -229,6 +241,21 @@ def test_many_devices_divide_memory_and_receive_as_much_however_long_the_sequenc
     assert chosen.flops == pytest.approx(alone.flops / 256)
     ways = strategies(job, Machine(memory=139 * GIB, devices=2))
     assert [s.name for s in ways] == ["whole", "checkpointed"]  # in chunks on one device only
+
+
+def test_a_plan_for_1024_devices_looks_at_few_of_their_segments(monkeypatch):
+    """Counted instead of timed: rows of one rank in one shared segment, a microsecond each."""
+    counted, rows = [0], schedule._rows
+
+    def count(*arguments):
+        counted[0] += 1
+        return rows(*arguments)
+
+    monkeypatch.setattr(schedule, "_rows", count)
+    job, machine = Job(config=geometric("base"), tokens=10**9), Machine(memory=139 * GIB, devices=1024)
+    assert len(strategies(job, machine)) == 2
+    assert largest("checkpointed", job, machine) > 10**9
+    assert 0 < counted[0] < 10**6
 
 
 def test_operations_are_the_models_own_and_those_done_again():

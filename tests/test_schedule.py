@@ -15,6 +15,7 @@ from longnet.schedule import (
     halo,
     hierarchical_traffic,
     leaf_counts,
+    rank_exchanges,
     rank_plan,
     traffic,
     work,
@@ -35,6 +36,19 @@ def test_work_of_all_ranks_is_the_work_of_one_device(data):
     assert sum(map(sum, parts)) == sum(whole)
     if start == 0:
         assert sum(whole) == pattern.visible_pairs(n, 4, causal)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_the_exchanges_of_a_rank_are_those_of_all_that_it_takes_part_in(data):
+    n, start = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 17, 2**40 + 3]))
+    inner = sorted(data.draw(st.lists(st.integers(0, n), max_size=5)))
+    shards = Shards((start, *(start + x for x in inner), start + n))
+    pattern = DilatedPattern((data.draw(st.integers(1, 20)), data.draw(st.integers(4, 90)), 40), (1, 3, 7))
+    everywhere = exchanges(pattern, 4, 2, shards)
+    for rank in range(shards.ranks):
+        mine = rank_exchanges(pattern, 4, 2, shards, rank)
+        assert mine == tuple(e for e in everywhere if rank in e.members)
 
 
 def test_segments_within_a_shard_do_not_communicate():

@@ -272,9 +272,12 @@ def largest(name: str, job: Job, machine: Machine) -> int:
     def fits(tokens: int) -> bool:
         return not _strategy(name, replace(job, tokens=tokens), machine).problem
 
-    low = machine.devices
-    if not fits(low):
-        return 0
+    # From the length that is asked for, down or up: every trial looks at what the ranks exchange.
+    low = max(job.tokens, machine.devices)
+    while not fits(low):
+        if low == machine.devices:
+            return 0
+        low = max(low // 2, machine.devices)
     while fits(2 * low):
         low *= 2
         if low > LIMIT:

@@ -107,31 +107,56 @@ def exchanges(
     pattern: DilatedPattern, num_heads: int, num_key_heads: int, shards: Shards
 ) -> tuple[Exchange, ...]:
     """All exchanges of a layer. Segments within one shard take no part; segments of the same ranks travel together."""
-    groups: dict[tuple[int, ...], list[SharedSegment]] = {}
+    return _exchanges_at(pattern, num_heads, num_key_heads, shards, shards.borders[1:-1])
+
+
+@functools.lru_cache(maxsize=256)
+def rank_exchanges(
+    pattern: DilatedPattern, num_heads: int, num_key_heads: int, shards: Shards, rank: int
+) -> tuple[Exchange, ...]:
+    """Those of `exchanges` that `rank` takes part in, without looking at the others.
+
+    A segment that it shares holds one of the two borders of its shard.
+    """
+    found = _exchanges_at(pattern, num_heads, num_key_heads, shards, shards.span(rank))
+    return tuple(e for e in found if rank in e.members)
+
+
+def _exchanges_at(
+    pattern: DilatedPattern, num_heads: int, num_key_heads: int, shards: Shards, borders: tuple[int, ...]
+) -> tuple[Exchange, ...]:
+    """Exchanges of the segments that hold one of `borders`."""
+    groups: dict[tuple[int, ...], list[tuple[SharedSegment, tuple[int, ...]]]] = {}
     for w, r in pattern.branches:
-        slots = pattern.slots(r, num_heads, num_key_heads)
         # Only segments that hold a border between two tokens can be shared.
-        origins = {b // w * w for b in shards.borders[1:-1] if shards.borders[0] < b < shards.borders[-1]}
+        origins = {b // w * w for b in borders if shards.borders[0] < b < shards.borders[-1]}
         for origin in sorted(origins):
-            members = shards.owners(origin, origin + w)
-            if len(members) < 2:
-                continue
-            rows = tuple(
-                tuple(_rows(origin + s, r, max(a, origin), min(b, origin + w)) for _, s in slots)
-                for a, b in map(shards.span, members)
-            )
-            groups.setdefault(members, []).append(SharedSegment(r, origin, slots, rows))
+            slots = pattern.slots(r, num_heads, num_key_heads)
+            members, segment, counts = _shared_segment(slots, w, r, origin, shards)
+            if len(members) > 1:
+                groups.setdefault(members, []).append((segment, counts))
     return tuple(
         Exchange(
             members,
-            tuple(groups[members]),
-            max(
-                sum(count for segment in groups[members] for _, count in segment.rows[j])
-                for j in range(len(members))
-            ),
+            tuple(segment for segment, _ in groups[members]),
+            max(sum(of_member) for of_member in zip(*(counts for _, counts in groups[members]), strict=True)),
         )
         for members in sorted(groups)
     )
+
+
+@functools.lru_cache(maxsize=8192)
+def _shared_segment(
+    slots: tuple[tuple[int, int], ...], w: int, r: int, origin: int, shards: Shards
+) -> tuple[tuple[int, ...], SharedSegment, tuple[int, ...]]:
+    """The ranks that keep a part of the segment at `origin`, which rows each keeps, and how many. All its ranks ask for it."""
+    members = shards.owners(origin, origin + w)
+    rows = tuple(
+        tuple(_rows(origin + s, r, max(a, origin), min(b, origin + w)) for _, s in slots)
+        for a, b in map(shards.span, members)
+    )
+    counts = tuple(sum(count for _, count in of_member) for of_member in rows)
+    return members, SharedSegment(r, origin, slots, rows), counts
 
 
 @functools.lru_cache(maxsize=256)
@@ -139,7 +164,7 @@ def rank_plan(
     pattern: DilatedPattern, num_heads: int, num_key_heads: int, shards: Shards, rank: int, causal: bool
 ) -> RankPlan:
     """The exchanges that `rank` takes part in, and what its queries see of the other ranks' rows."""
-    mine = tuple(e for e in exchanges(pattern, num_heads, num_key_heads, shards) if rank in e.members)
+    mine = rank_exchanges(pattern, num_heads, num_key_heads, shards, rank)
     return RankPlan(
         mine,
         tuple(
@@ -204,8 +229,7 @@ def traffic(
     """
     rows = sum(
         (len(e.members) - 1) * e.padded
-        for e in exchanges(pattern, num_heads, num_key_heads, shards)
-        if rank in e.members
+        for e in rank_exchanges(pattern, num_heads, num_key_heads, shards, rank)
     )
     numbers = 2 * batch * head_width * rows
     return Traffic(numbers * element_size, numbers * gradient_size)
