@@ -64,10 +64,14 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
         with contextlib.redirect_stdout(io.StringIO()):
             theirs = torchscale_peer.gigapath(
-                "cpu", in_chans=1536, embed_dim=arguments.width, depth=arguments.depth
+                "cpu",
+                in_chans=1536,
+                embed_dim=arguments.width,
+                depth=arguments.depth,
+                slide_ngrids=arguments.grid,
             )
         torchscale_peer._use_flash("torchscale", arguments.device)
-        ours = load_gigapath(theirs.state_dict())
+        ours = load_gigapath(theirs.state_dict(), slide_ngrids=arguments.grid)
         return ours, theirs.to(arguments.device, arguments.dtype)
     config = TorchscaleConfig(
         hidden_size=arguments.width,
@@ -78,7 +82,7 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
         dilation_rates=(1, 2, 4, 8, 16),
         causal=False,
     )
-    return GigaPathSlideEncoder(config).eval(), None
+    return GigaPathSlideEncoder(config, slide_ngrids=arguments.grid).eval(), None
 
 
 # Relative distance of two slide embeddings that twelve layers of rounding at either side may make.
@@ -96,6 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tiles", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument(
+        "--grid",
+        type=int,
+        default=1000,
+        help="places along a side; theirs makes a table of its square on the CPU",
+    )
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
@@ -108,7 +118,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     records, unequal = [], []
     for tiles in arguments.tiles:
-        x, coords = slide(tiles, 1536, 1000, arguments.device, arguments.dtype)
+        x, coords = slide(tiles, 1536, arguments.grid, arguments.device, arguments.dtype)
         record: dict[str, Any] = {
             "tiles": tiles,
             "dtype": name,

@@ -4,7 +4,8 @@ Streams that all arrive at once read a text of random bytes each and write greed
 of reading alternate with batched steps); the peer is a dense Llama of the same width, depth and heads, its texts in one batch
 through `generate`. Both have random weights: time and memory do not depend on them. Neither goes through HTTP. Cells that
 do not fit into memory or time are rows with their reason. One text of every length is also read as a
-session, the cache that is kept of an uploaded document. results.json and results.md are written after every row.
+session, the cache that is kept of an uploaded document. results.json and results.md are written after every row; what an earlier
+run measured there is kept, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from longnet.serve.jobs import Completion, Done, Failed, Reading, Text
 from run import environment
 
 SIZE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+# What rows of one table must share.
+SAME = ("device", "model", "new_tokens", "chunk")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GIB = 2**30
 
@@ -95,6 +98,9 @@ def serve_longnet(model: LongNetForCausalLM, streams: int, context: int, options
         engine.warm_up()
         answers: queue.Queue = queue.Queue()
         texts = prompts(streams, context)
+        session = session_bytes(engine, texts[0], options)  # and kernels of this length are compiled
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         for stream in range(streams):
 
@@ -118,7 +124,7 @@ def serve_longnet(model: LongNetForCausalLM, streams: int, context: int, options
         row["kept_bytes_per_stream"] = engine.writing.slots.cache.nbytes() // streams
         row |= peak(options.device, before)
         if streams == 1:
-            row["session_bytes"] = session_bytes(engine, texts[0], options)
+            row["session_bytes"] = session
     finally:
         engine.close()
     return row
@@ -199,10 +205,8 @@ def does_not_fit(who: str, streams: int, context: int, options: argparse.Namespa
 
 
 def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
-    """(streams, context), the cheap ones first."""
-    return sorted(
-        ((s, c) for s in options.streams for c in options.contexts), key=lambda cell: cell[0] * cell[1]
-    )
+    """(streams, context)."""
+    return [(s, c) for s in options.streams for c in options.contexts]
 
 
 def dense_flops(context: int, facts: dict, size: dict) -> int:
@@ -211,7 +215,27 @@ def dense_flops(context: int, facts: dict, size: dict) -> int:
     return 2 * facts["dense_parameters"] * context + pairs
 
 
+def measured_before(options: argparse.Namespace, environment: dict) -> dict[tuple[str, int, int], dict]:
+    """Rows of an earlier run by (who, streams, context), without those that were left out."""
+    path = options.output / "results.json"
+    if not path.is_file():
+        return {}
+    report = json.loads(path.read_text())
+    if differing := [name for name in SAME if report["environment"].get(name) != environment[name]]:
+        raise SystemExit(
+            f"{path}: expected the same {', '.join(differing)} as now; got a run with others; give another --output"
+        )
+    return {(r["who"], r["streams"], r["context"]): r for r in report["rows"] if "left_out" not in r}
+
+
+def wanted_cells(options: argparse.Namespace, before: dict) -> list[tuple[int, int]]:
+    """Cells to measure and those that were, the cheap ones first."""
+    chosen = {*cells(options), *((streams, context) for _, streams, context in before)}
+    return sorted(chosen, key=lambda cell: (cell[0] * cell[1], cell[1]))
+
+
 def measure(options: argparse.Namespace, environment: dict) -> None:
+    before = measured_before(options, environment)
     longest = max(options.contexts) + options.new
     window = 64 if options.small else 2048
     models = {"longnet": longnet_model(options.size, max(options.contexts), window, options.device)}
@@ -221,12 +245,15 @@ def measure(options: argparse.Namespace, environment: dict) -> None:
     runs = {"longnet": serve_longnet, "dense": generate_dense}
     end, rows = time.monotonic() + options.budget_seconds, []
     rates: dict[str, float] = {}  # seconds that a token (dense: a flop) took, to guess the next cell
-    for streams, context in cells(options):
+    for streams, context in wanted_cells(options, before):
         for who, run in runs.items():
             row: dict = {"who": who, "streams": streams, "context": context}
             work = streams * (context if who == "longnet" else dense_flops(context, facts, options.size))
             guess = rates.get(who, 0.0) * work
-            if reason := does_not_fit(who, streams, context, options):
+            if known := before.get((who, streams, context)):
+                row = known
+                rates[who] = known["first_token_s_max"] / work
+            elif reason := does_not_fit(who, streams, context, options):
                 row["left_out"] = reason
             elif time.monotonic() + guess > end:
                 row["left_out"] = f"about {guess:.0f} s, more than was left of {options.budget_seconds:.0f}"

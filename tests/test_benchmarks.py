@@ -73,10 +73,14 @@ def test_the_stand_in_for_einops(monkeypatch):
         rearrange(x, "b (n g) h d -> (b n) g h d", g=5)
 
 
+def key(row):
+    return row["who"], row["streams"], row["context"]
+
+
 def test_serving(script, tmp_path):
     script("serve", "--device", "cpu", "--small", "--output", tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())
-    rows = {(row["who"], row["streams"], row["context"]): row for row in report["rows"]}
+    rows = {key(row): row for row in report["rows"]}
     assert len(rows) == 8
     assert all(row["written_tokens"] == 8 * row["streams"] for row in rows.values()), rows
     kept = {context: rows["longnet", 3, context]["kept_bytes_per_stream"] for context in (100, 400)}
@@ -86,6 +90,14 @@ def test_serving(script, tmp_path):
     assert rows["dense", 3, 400]["kept_bytes_per_stream"] > 3 * rows["dense", 3, 100]["kept_bytes_per_stream"]
     parameters = [report["environment"][f"{who}_parameters"] for who in ("longnet", "dense")]
     assert abs(parameters[0] / parameters[1] - 1) < 0.01
+    # A row that is missing is measured, the others stay.
+    gone = report["rows"].pop(2)
+    (tmp_path / "results.json").write_text(json.dumps(report))
+    script("serve", "--device", "cpu", "--small", "--output", tmp_path)
+    again = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert len(again) == 8
+    assert sum(row in report["rows"] for row in again) == 7
+    assert [row["seconds"] for row in again if key(row) == key(gone)] != [gone["seconds"]]
     script("serve", "--device", "cpu", "--small", "--budget-seconds", "0", "--output", tmp_path / "none")
     assert "more than was left" in (tmp_path / "none" / "results.md").read_text()
 

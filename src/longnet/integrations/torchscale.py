@@ -166,10 +166,13 @@ class TorchscaleLayer(nn.Module):
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         if self.pre:
-            x = self.alpha * x + self.self_attn(self.self_attn_layer_norm(x), *context)
-            return self.alpha * x + self.ffn(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(self.alpha * x + self.self_attn(x, *context))
-        return self.final_layer_norm(self.alpha * x + self.ffn(x))
+            x = self._residual(x, self.self_attn(self.self_attn_layer_norm(x), *context))
+            return self._residual(x, self.ffn(self.final_layer_norm(x)))
+        x = self.self_attn_layer_norm(self._residual(x, self.self_attn(x, *context)))
+        return self.final_layer_norm(self._residual(x, self.ffn(x)))
+
+    def _residual(self, x: Tensor, change: Tensor) -> Tensor:
+        return torch.add(change, x, alpha=self.alpha)
 
 
 class TorchscaleLongNet(nn.Module):

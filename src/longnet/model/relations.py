@@ -72,14 +72,14 @@ def antecedent_loss(scores: Tensor, anaphor: Tensor, right: Tensor, counted: Ten
     resolution", section 3), where a mention may also open an entity, with score 0: right if no candidate is.
 
     Args:
-        scores: (P,) of candidates; anaphor (P,) the mention each is a candidate for; right (P,) bool.
+        scores: (P,) of candidates; anaphor (P,) the mention each is a candidate for; right: rows of right ones.
         counted: (M,) bool, mentions whose choice is known.
     """
     count = len(counted)
     every = segment_logsumexp(scores, anaphor, count).logaddexp(scores.new_zeros(count))
     found = torch.zeros_like(counted).index_fill(0, anaphor[right], True)
     best = segment_logsumexp(scores[right], anaphor[right], count)
-    return (every - torch.where(found, best, 0))[counted].sum()
+    return (every - torch.where(found, best, 0)).masked_fill(~counted, 0).sum()
 
 
 def adaptive_threshold_loss(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -292,7 +292,9 @@ class LongNetForKnowledgeExtraction(LongNetForTokenClassification):
             logits.append(self.classifier(hidden))
             sums = self._join(sums, self.knowledge.block_sums(hidden, begin, rest), begin)
             for b in range(len(hidden)):
-                if positions is not None:
+                if positions is not None and hidden.shape[1] == input_ids.shape[1]:
+                    wanted = positions[b]
+                elif positions is not None:
                     inside = (positions[b] >= begin) & (positions[b] < begin + hidden.shape[1])
                     wanted = positions[b][inside] - begin
                 else:

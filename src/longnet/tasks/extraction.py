@@ -25,6 +25,7 @@ from longnet.tasks.fit import (
     build_model,
     fit,
     length_batches,
+    on_device,
     pad,
     pick_device,
 )
@@ -85,7 +86,7 @@ def tag_loss(logits: Tensor, tags: Sequence[np.ndarray]) -> Tensor:
     """
     wanted, counted = torch.zeros_like(logits, dtype=torch.float32), torch.zeros_like(logits[..., :1]).float()
     for row, own in enumerate(tags):
-        wanted[row, : len(own)] = torch.from_numpy(own).to(wanted)
+        wanted[row, : len(own)] = on_device(own, wanted.device)
         counted[row, : len(own)] = 1
     losses = F.binary_cross_entropy_with_logits(logits.float(), wanted, weight=counted, reduction="sum")
     return losses / wanted.sum().clamp(min=1)
@@ -184,7 +185,7 @@ class EntityExtractor:
 class ThresholdChoice:
     """The threshold of an extractor's tags with the best span F1, over documents that come one by one."""
 
-    GRID = (0.2, 0.3, 0.4, 0.5, 0.6)
+    GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
     def __init__(self, extractor: EntityExtractor) -> None:
         self.extractor = extractor
@@ -200,9 +201,9 @@ class ThresholdChoice:
             )
 
     def best(self) -> dict[str, float]:
-        """Sets the extractor's threshold; its scores."""
+        """Sets the extractor's threshold, of equally good ones that nearest to 0.5; its scores."""
         scores = {t: set_f1(self.gold, found) for t, found in self.found.items()}
-        self.extractor.threshold = max(scores, key=lambda t: scores[t]["f1"])
+        self.extractor.threshold = max(scores, key=lambda t: (scores[t]["f1"], -abs(t - 0.5)))
         return {**scores[self.extractor.threshold], "threshold": self.extractor.threshold}
 
 

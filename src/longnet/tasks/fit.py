@@ -151,7 +151,13 @@ def pad(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tenso
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row
     lengths = None if min(sizes) == max(sizes) else torch.tensor(sizes, device=device)
-    return torch.from_numpy(ids).to(device), lengths
+    return on_device(ids, device), lengths
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Does not wait for what the device has to do: a document's head needs dozens of small tensors."""
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def fit(

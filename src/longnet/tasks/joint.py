@@ -18,7 +18,7 @@ from longnet.model.relations import (
     adaptive_threshold_loss,
     antecedent_loss,
 )
-from longnet.tasks.annotations import Annotation, read_annotated
+from longnet.tasks.annotations import Annotation, Span, read_annotated
 from longnet.tasks.classification import held_out
 from longnet.tasks.extraction import (
     TAG_PRIOR,
@@ -31,8 +31,8 @@ from longnet.tasks.extraction import (
     tag_fields,
     tag_loss,
 )
-from longnet.tasks.fit import FitSummary, build_model, fit, length_batches, pad
-from longnet.tasks.knowledge import MARGINS, Entities, KnowledgeExtractor, Mentions
+from longnet.tasks.fit import FitSummary, build_model, fit, length_batches, on_device, pad
+from longnet.tasks.knowledge import MARGINS, SALIENCES, Entities, KnowledgeExtractor, Mentions
 from longnet.tasks.metrics import b_cubed, set_f1
 from longnet.tasks.offsets import Offsets
 
@@ -100,7 +100,7 @@ def fit_knowledge(
     def loss_of(batch: list[int]) -> Tensor:
         examples = [trained[i] for i in batch]
         rows, lengths = pad([e.offsets.ids for e in examples], device)
-        positions = [torch.from_numpy(e.mentions.positions()).to(device) for e in examples]
+        positions = [on_device(e.mentions.positions(), device) for e in examples]
         reading = extractor.model.read(rows, lengths, positions)
         tags = [encode_tags(e.offsets, e.annotation.spans, extractor.labels) for e in examples]
         return tag_loss(reading.logits, tags) + graph_loss(extractor, examples, reading, generator)
@@ -120,6 +120,7 @@ def fit_knowledge(
     )
     with torch.no_grad():
         validate()
+        report |= choose_salience(extractor, judged, config.batch_tokens)
     return extractor, summary, report
 
 
@@ -215,11 +216,13 @@ def graph_loss(
         if not e.mentions.spans:
             continue
         vectors = extractor.represent(e.mentions, reading, row)
-        known = torch.from_numpy(e.salient).to(device)
+        known = on_device(e.salient, device)
         salience = salience + F.binary_cross_entropy_with_logits(
             head.salience(vectors)[:, 0].float(), known.float(), reduction="sum"
         )
-        anaphor, right = (torch.from_numpy(x).to(device) for x in (e.mentions.pairs[:, 0], e.together))
+        # Rows, not a mask: the size of what a mask picks would have to be waited for.
+        right = on_device(np.flatnonzero(e.together), device)
+        anaphor = on_device(np.ascontiguousarray(e.mentions.pairs[:, 0]), device)
         # Mentions in no entity open none, and nobody knows what they name: they are candidates, not anaphors.
         links = links + antecedent_loss(extractor.antecedents(e.mentions, vectors), anaphor, right, known)
         relations = relations + relation_loss(extractor, e, vectors, reading, row, generator)
@@ -255,14 +258,47 @@ def relation_loss(
     count = len(example.clusters)
     wanted[np.searchsorted(pairs @ [count, 1], gold[:, :2] @ [count, 1]), gold[:, 2]] = True
     logits = extractor.relation_logits(example.mentions, entities, inputs, pooled, reading.memory[row], pairs)
-    return adaptive_threshold_loss(logits, torch.from_numpy(wanted).to(logits.device))
+    return adaptive_threshold_loss(logits, on_device(wanted, logits.device))
+
+
+class SalienceChoice:
+    """The salience that an extractor's entities need for the best B3 F1, over documents that come one by one."""
+
+    def __init__(self, extractor: KnowledgeExtractor) -> None:
+        self.extractor = extractor
+        self.gold: list[list[tuple[int, Span]]] = []
+        self.found: dict[float, list[list[tuple[int, Span]]]] = {least: [] for least in SALIENCES}
+
+    def add(self, document: int, gold: Example, mentions: Mentions, vectors: Tensor) -> None:
+        """One document with its gold mentions, or those that were found."""
+        self.gold += [[(document, gold.mentions.spans[m]) for m in own] for own in gold.clusters]
+        for own, salience in self.extractor.joined(mentions, vectors):
+            entity = [(document, mentions.spans[m]) for m in own]
+            for least, found in self.found.items():
+                if salience >= least:
+                    found.append(entity)
+
+    def best(self) -> float:
+        """Sets the extractor's salience, of equally good ones the largest; B3 F1."""
+        scores = {least: b_cubed(self.gold, found)["f1"] for least, found in self.found.items()}
+        self.extractor.salience = max(scores, key=lambda least: (scores[least], least))
+        return scores[self.extractor.salience]
+
+
+@torch.no_grad()
+def choose_salience(
+    extractor: KnowledgeExtractor, examples: Sequence[Example], batch_tokens: int
+) -> dict[str, float]:
+    """Sets the extractor's salience by entities of mentions that it finds itself: those are less salient than gold ones."""
+    choice = SalienceChoice(extractor)
+    for i, mentions, reading, row in extractor.found([e.offsets for e in examples], batch_tokens):
+        choice.add(i, examples[i], mentions, extractor.represent(mentions, reading, row))
+    return {"b_cubed_end_to_end": choice.best(), "salience": extractor.salience}
 
 
 def judge(extractor: KnowledgeExtractor, examples: Sequence[Example], batch_tokens: int) -> dict[str, float]:
-    """Validation: each document is read once. Sets the extractor's threshold and margin."""
-    choice = ThresholdChoice(extractor)
-    gold_clusters: list[list[tuple[int, int]]] = []
-    found_clusters: list[list[tuple[int, int]]] = []
+    """Validation: each document is read once. Sets the extractor's threshold, salience and margin."""
+    choice, grouping = ThresholdChoice(extractor), SalienceChoice(extractor)
     gold_relations, found_relations = [], {margin: [] for margin in MARGINS}
     maps, positions = [e.offsets for e in examples], [e.mentions.positions() for e in examples]
     for batch, reading in extractor.readings(maps, batch_tokens, positions):
@@ -271,15 +307,14 @@ def judge(extractor: KnowledgeExtractor, examples: Sequence[Example], batch_toke
             e = examples[i]
             choice.add(e.offsets, odds[row, : len(e.offsets)].cpu().numpy(), e.annotation.spans)
             vectors = extractor.represent(e.mentions, reading, row)
-            gold_clusters += [[(i, m) for m in own] for own in e.clusters]
-            found_clusters += [[(i, m) for m in own] for own in extractor.clusters(e.mentions, vectors)]
+            grouping.add(i, e, e.mentions, vectors)
             scored = extractor.relation_scores(e.mentions, e.clusters, vectors, reading, row)
             names = list(e.annotation.clusters)
             gold_relations.append(e.annotation.relations)
             for margin, found in found_relations.items():
                 found.append([(names[h], names[t], r) for h, t, r, score in scored if score > margin])
     report = choice.best()
-    report["b_cubed"] = b_cubed(gold_clusters, found_clusters)["f1"]
+    report["b_cubed"] = grouping.best()
     parts = [report["f1"], report["b_cubed"]]
     if extractor.relation_labels:
         scores = {m: set_f1(gold_relations, found)["f1"] for m, found in found_relations.items()}

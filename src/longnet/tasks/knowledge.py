@@ -16,7 +16,7 @@ from torch import Tensor
 from longnet.model.relations import EntityInputs, LongNetForKnowledgeExtraction, Reading
 from longnet.tasks.annotations import Annotation, Span
 from longnet.tasks.extraction import EntityExtractor, decode_tags
-from longnet.tasks.fit import autocast, length_batches, pad
+from longnet.tasks.fit import autocast, length_batches, on_device, pad
 from longnet.tasks.mentions import (
     Strings,
     all_pairs,
@@ -32,6 +32,9 @@ from longnet.tasks.offsets import Offsets
 MANY, PROMISING = 128, 32
 # How far above the threshold class a relation must be; the best on validation is kept.
 MARGINS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+# How salient an entity's mentions must be on average; the best on validation is kept. Most mentions of a set may belong to no
+# entity, so that 0.5 would leave out all entities of a model that is not sure.
+SALIENCES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Entities:
 
     def tensors(self, mentions: Mentions, block: int, device: torch.device) -> EntityInputs:
         at = mentions.first[self.member] // block
-        member, entity, blocks = (torch.from_numpy(x).to(device) for x in (self.member, self.entity, at))
+        member, entity, blocks = (on_device(x, device) for x in (self.member, self.entity, at))
         return EntityInputs(member, entity, blocks, len(self.label))
 
 
@@ -105,15 +108,17 @@ class KnowledgeExtractor(EntityExtractor):
         for head, tail in allowed:
             self.allowed[index[head], index[tail]] = True
         self.margin = 0.0
+        self.salience = 0.5
 
     def settings(self) -> dict[str, Any]:
         pairs = [[self.labels[h], self.labels[t]] for h, t in np.argwhere(self.allowed).tolist()]
-        return {**super().settings(), "related_labels": pairs, "margin": self.margin}
+        chosen = {"margin": self.margin, "salience": self.salience}
+        return {**super().settings(), "related_labels": pairs, **chosen}
 
     @classmethod
     def from_settings(cls, model: Any, task: dict[str, Any]) -> KnowledgeExtractor:
         extractor = cls(model, task["entity_labels"], task["longest"], task["related_labels"])
-        extractor.margin = task["margin"]
+        extractor.margin, extractor.salience = task["margin"], task["salience"]
         return extractor
 
     @torch.inference_mode()
@@ -121,15 +126,22 @@ class KnowledgeExtractor(EntityExtractor):
         """Mentions, entities and relations of every text."""
         results = [Annotation([])] * len(texts)
         maps = [Offsets(text) for text in texts]
+        for i, mentions, reading, row in self.found(maps, batch_tokens):
+            clusters = self.clusters(mentions, self.represent(mentions, reading, row))
+            names = named(maps[i].text, mentions.spans, clusters)
+            results[i] = self._relate(mentions, names, reading, row)
+        return results
+
+    def found(
+        self, maps: Sequence[Offsets], batch_tokens: int
+    ) -> Iterator[tuple[int, Mentions, Reading, int]]:
+        """Mentions of every document, with the reading and the row that hold it; documents in order of length."""
         for batch, reading in self.readings(maps, batch_tokens, None):
             odds = reading.logits.float().sigmoid()
             for row, i in enumerate(batch):
                 own = odds[row, : len(maps[i])].cpu().numpy()
                 spans = decode_tags(maps[i], own >= self.threshold, self.labels, self.longest)
-                mentions = Mentions.of(maps[i], spans, self.labels)
-                clusters = self.clusters(mentions, self.represent(mentions, reading, row))
-                results[i] = self._relate(mentions, named(maps[i].text, spans, clusters), reading, row)
-        return results
+                yield i, Mentions.of(maps[i], spans, self.labels), reading, row
 
     @torch.inference_mode()
     def relate(
@@ -152,45 +164,38 @@ class KnowledgeExtractor(EntityExtractor):
         device = next(self.model.parameters()).device
         for batch in length_batches([len(offsets) for offsets in maps], batch_tokens):
             rows, lengths = pad([maps[i].ids for i in batch], device)
-            wanted = None if positions is None else [torch.from_numpy(positions[i]).to(device) for i in batch]
+            wanted = None if positions is None else [on_device(positions[i], device) for i in batch]
             with autocast(device):
                 yield batch, self.model.read(rows, lengths, wanted, self.threshold)
 
     def represent(self, mentions: Mentions, reading: Reading, row: int) -> Tensor:
         """(M, C) of a document's mentions, from the states of the bytes that were read nearest to their borders."""
-        states, positions = reading.states[row], reading.positions[row].cpu().numpy()
-        borders = np.stack((mentions.first, mentions.last), 1)
-        right = np.searchsorted(positions, borders).clip(max=max(len(positions) - 1, 0))
-        left = (right - 1).clip(min=0)
-        if len(mentions.spans):
-            nearer = np.abs(positions[left] - borders) < np.abs(positions[right] - borders)
-            right = np.where(nearer, left, right)
+        states, positions = reading.states[row], reading.positions[row]
+        borders = on_device(np.stack((mentions.first, mentions.last), 1), states.device)
+        right = torch.searchsorted(positions, borders).clamp(max=max(len(positions) - 1, 0))
+        left = (right - 1).clamp(min=0)
+        nearer = (positions[left] - borders).abs() < (positions[right] - borders).abs()
         numbers = (mentions.label, mentions.frequency, mentions.place)
-        features = [torch.from_numpy(x).to(states.device) for x in numbers]
-        return self.model.knowledge.mentions(states[torch.from_numpy(right).to(states.device)], *features)
+        features = [on_device(x, states.device) for x in numbers]
+        return self.model.knowledge.mentions(states[torch.where(nearer, left, right)], *features)
 
     def antecedents(self, mentions: Mentions, vectors: Tensor) -> Tensor:
-        pairs, features = (
-            torch.from_numpy(x).to(vectors.device) for x in (mentions.pairs, mentions.features)
-        )
+        pairs, features = (on_device(x, vectors.device) for x in (mentions.pairs, mentions.features))
         return self.model.knowledge.antecedents(vectors, pairs, features)
 
     def clusters(self, mentions: Mentions, vectors: Tensor) -> list[list[int]]:
         """Every mention joins its best antecedent, if that scores above 0; entities of little salience are left out."""
-        count = len(mentions.spans)
-        if not count:
-            return []
+        return [own for own, salience in self.joined(mentions, vectors) if salience >= self.salience]
+
+    def joined(self, mentions: Mentions, vectors: Tensor) -> list[tuple[list[int], float]]:
+        """All entities, and how salient their mentions are on average."""
         scores = self.antecedents(mentions, vectors).cpu().numpy()
-        links = []
         order = np.lexsort((mentions.pairs[:, 1], -scores, mentions.pairs[:, 0]))
-        heads = mentions.pairs[order, 0]
-        for at in order[
-            np.flatnonzero(np.diff(heads, prepend=-1))
-        ]:  # the best candidate of every mention that has any
-            if scores[at] > 0:
-                links.append(tuple(mentions.pairs[at].tolist()))
-        salient = torch.sigmoid(self.model.knowledge.salience(vectors)[:, 0].float()).cpu().numpy()
-        return [own for own in join(count, links) if salient[own].mean() >= 0.5]
+        # The best candidate of every mention that has any.
+        best = order[np.flatnonzero(np.diff(mentions.pairs[order, 0], prepend=-1))]
+        links = [(i, j) for i, j in mentions.pairs[best[scores[best] > 0]].tolist()]
+        salience = torch.sigmoid(self.model.knowledge.salience(vectors)[:, 0].float()).cpu().numpy()
+        return [(own, float(salience[own].mean())) for own in join(len(mentions.spans), links)]
 
     def relation_scores(
         self,
@@ -227,7 +232,7 @@ class KnowledgeExtractor(EntityExtractor):
         pairs: np.ndarray,
     ) -> Tensor:
         between = pair_distances(pairs, mentions.first[entities.member], entities.entity)
-        rows, gaps = (torch.from_numpy(x).to(pooled.device) for x in (pairs, between))
+        rows, gaps = (on_device(x, pooled.device) for x in (pairs, between))
         return self.model.knowledge.relations(pooled, memory, inputs, rows, gaps)
 
     def pairs(self, entities: Entities, pooled: Tensor) -> np.ndarray:
