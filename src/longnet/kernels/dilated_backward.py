@@ -32,7 +32,7 @@ def _dq_tiles(
     return acc
 
 
-@triton.jit(do_not_specialize=["start", "num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["start", "num_queries", "num_keys", "tiles"])
 def dilated_dq(
     q, k, v, dout, lse, delta, dq, lengths, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_queries, num_keys, num_heads, w, rate, per_offset, start, tiles, scale, scale2,
@@ -121,7 +121,7 @@ def _dkv_tiles(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["start", "num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["start", "num_queries", "num_keys", "tiles"])
 def dilated_dkv(
     q, k, v, dout, lse, delta, dk, dv, lengths, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_queries, num_keys, num_heads, w, rate, per_offset, start, tiles, scale, scale2,

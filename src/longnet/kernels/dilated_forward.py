@@ -75,7 +75,7 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["start", "num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["start", "num_queries", "num_keys", "tiles"])
 def dilated_forward(
     q, k, v, out, lse, lengths, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_queries, num_keys, num_heads, w, rate, per_offset, start, tiles, scale2,
