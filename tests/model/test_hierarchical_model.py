@@ -197,3 +197,24 @@ def test_autocast_changes_neither_dtypes_nor_the_precision_of_pooling(monkeypatc
     assert network.model.layers[0].attention.prior_query.grad.abs().sum() > 0
     assert (logits.float() - true).norm() < 0.1 * true.norm()
     assert (streamed.float() - true).norm() < 0.1 * true.norm()
+
+
+@pytest.mark.parametrize("border", [0, 1])
+def test_a_router_mix_that_an_optimizer_moved_over_the_border_can_come_back(border):
+    """Outside [0, 1] it counts as the border; its gradient dies only where a descent would lead farther out."""
+    network, ids = model(), tokens(1, 60)
+    attention = network.model.layers[0].attention
+    gradients, logits = [], []
+    for overshoot in (0.0, 0.01):
+        with torch.no_grad():
+            attention.router_mix.fill_(border + overshoot * (2 * border - 1))
+        attention.router_mix.grad = None
+        logits.append(network(ids).logits)
+        logits[-1].square().sum().backward()
+        gradients.append(attention.router_mix.grad.clone())
+    assert torch.equal(*logits)
+    inside, outside = gradients
+    inward = inside > 0 if border else inside < 0
+    assert inward.any()
+    assert not inward.all()
+    torch.testing.assert_close(outside, inside * inward)

@@ -20,6 +20,24 @@ if TYPE_CHECKING:
     from longnet.model.config import LongNetConfig
 
 
+class _Clamp(torch.autograd.Function):
+    """x.clamp(0, 1) whose gradient dies only where a descent would leave [0, 1] farther.
+
+    clamp's own is 0 everywhere outside: an optimizer's first step from the border could never be taken back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyrefly: ignore - one input
+        (x,) = ctx.saved_tensors
+        outward = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))
+        return gradient.masked_fill(outward, 0)
+
+
 class LongNetHierarchicalAttention(LongNetProjections):
     """Grouped-query hierarchical attention: (B, N, hidden) -> (B, N, hidden).
 
@@ -56,6 +74,10 @@ class LongNetHierarchicalAttention(LongNetProjections):
             out = self._attend(q, k, v, rotary, lengths, cache)
         return self.o_proj(out.flatten(2))
 
+    def beta(self) -> Tensor:
+        """(H,): the router mix within [0, 1], which optimizers may leave by a step."""
+        return _Clamp.apply(self.router_mix)
+
     def _project(
         self, hidden: Tensor, lengths: Tensor | None = None, cache: LongNetCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +98,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
         """What the last token of hidden (1, N, C) sees, one map per head."""
         q, k, v = self._project(hidden)
         q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
-        mix, scale = self.router_mix.clamp(0, 1), 1 / math.sqrt(self.head_dim)
+        mix, scale = self.beta(), 1 / math.sqrt(self.head_dim)
         return attention_map(
             q[0, -1], q_local[0, -1], k[0], k_local[0], self.pattern, scale, self.prior_query, self.level_bias, mix
         )  # fmt: skip
@@ -90,7 +112,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
         lengths: Tensor | None,
         cache: LongNetCache | None,
     ) -> Tensor:
-        mix = self.router_mix.clamp(0, 1)
+        mix = self.beta()
         if cache is not None:
             q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
             work = torch.promote_types(v.dtype, torch.float32)
