@@ -137,7 +137,8 @@ def test_the_kernels_take_every_tree_on_a_gpu(monkeypatch):
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1024, 4, width))
     for variant in recall.variants().values():
         assert hierarchical.unsupported(q, q, variant.tree, True) is None
-    assert recall.variants()["opened-4"].keys_share(1024, 4) < 0.15
+    assert recall.variants()["opened-4"].keys_share(2048, 4) < 0.10
+    assert recall.variants()["opened-8"].keys_share(2048, 4) < 0.13
     assert recall.variants()["opened-4"].path("cpu", 4, width, 64).startswith("torch: it needs a CUDA")
 
 
@@ -233,6 +234,28 @@ def test_results_of_another_setting_are_not_mixed_in(recipe, tmp_path):
 def test_lengths_that_cannot_be(recipe, tmp_path):
     with pytest.raises(ValueError, match="power of two"):
         recipe(tmp_path, "--length", 100)
+
+
+def test_the_router_mix_stays_one_for_three_quarters_and_ends_at_a_half_unless_it_is_learned():
+    recall, variants = load("recall"), load("variants")
+    for name, learned in (("opened-8", False), ("opened-8, mix learned", True)):
+        model = variants.build(recall.variants()[name], 0, **recall.SIZE)
+        mixes = []
+        for done in (0.0, 0.75, 0.875, 1.0):
+            recall.set_mix(model, done)
+            mixes.append(model.model.layers[1].attention.router_mix.tolist())
+        assert mixes == [[x] * 4 for x in ((1, 1, 1, 1) if learned else (1, 1, 0.75, 0.5))]
+
+
+def test_only_a_learned_router_mix_follows_its_gradient():
+    recall = load("recall")
+    fields = {"task": "recall", "length": 512, "doublings": 0, "steps": 4, "tokens": 512}
+    setting = recall.Setting(**fields, learning_rate=5e-3, texts=2, device="cpu", path=None)
+    fixed, learned = (
+        recall.run(name, 0, setting, float("inf")) for name in ("opened-8", "opened-8, mix learned")
+    )
+    assert fixed["router_mix"] == [[recall.MIX] * 4] * 2
+    assert all(mix not in (1, recall.MIX) for layer in learned["router_mix"] for mix in layer)
 
 
 def test_runs_are_repeatable():
