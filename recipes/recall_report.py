@@ -103,9 +103,10 @@ def draw(rows: list[dict], names: list[str], lengths: list[str], setting: dict, 
     left.set_ylabel("accuracy")
     left.set_title(setting["task"])
     left.legend(fontsize=7)
+    split = [(name.removeprefix("opened-"), name) for name in names]
     trained = [
-        (int(name.split("-")[1]), name) for name in names if name.startswith("opened-")
-    ]  # trained with as many
+        (int(k), name) for k, name in split if k.isdigit()
+    ]  # trained with as many, nothing else changed
     for length, style in ((lengths[0], "-"), (lengths[-1], "--")):
         if trained:
             means = [statistics.mean(values(rows, name, length)) for _, name in trained]

@@ -205,6 +205,19 @@ def test_tables_of_finished_files_without_the_experiment(recipe, tmp_path, monke
     assert (tmp_path / "recall.png").stat().st_size < 150_000
 
 
+def test_a_report_draws_models_whose_names_say_more_than_how_many_blocks_they_open(tmp_path):
+    """They are in the table and in the left picture; the right one, by opened blocks, leaves them out."""
+    row = {"seed": 0, "keys_share": 0.1, "accuracy": {"128": {"accuracy": 0.5}}}
+    rows = [row | {"model": name} for name in load("recall").variants()]
+    where = {"machine": "CPU", "torch": "2"}
+    setting = {"task": "recall", "length": 128, "steps": 2, "tokens": 256}
+    path = tmp_path / "recall.json"
+    path.write_text(json.dumps({"setting": setting, "environment": where, "rows": rows}))
+    text = load("recall_report").report(path)
+    assert all(f"| {row['model']} | 10.0 % | 1 | 0.500 |" in text for row in rows)
+    assert path.with_suffix(".png").exists()
+
+
 def test_one_run_that_fails_leaves_the_others(recipe, tmp_path, monkeypatch):
     """Its error is raised at the end, after what succeeded was written."""
     recall = load("recall")
