@@ -183,6 +183,7 @@ def run(name: str, seed: int, setting: Setting, deadline: float) -> dict | None:
     }  # fmt: skip
     if name == CHANGED:
         row["opened_after_training"] = opened_after_training(model, setting)
+        row["mix_after_training"] = mix_after_training(model, setting)
     if row["path"] == "triton":
         for layer in layers(model):
             layer.impl = "torch"
@@ -199,6 +200,19 @@ def opened_after_training(model: LongNetForCausalLM, setting: Setting) -> dict[i
         result[top_k] = {n: accuracy(model, n, setting) for n in setting.lengths}
     for layer in layers(model):
         layer.pattern = replace(layer.pattern, top_k=TREE.top_k)
+    return result
+
+
+def mix_after_training(model: LongNetForCausalLM, setting: Setting) -> dict[float, dict]:
+    """Accuracy at the trained length for other router mixes than the last one of the training."""
+    trained, result = [layer.router_mix.clone() for layer in layers(model)], {}
+    with torch.no_grad():
+        for mix in (1.0, 0.5, 0.0):
+            for layer in layers(model):
+                layer.router_mix.fill_(mix)
+            result[mix] = accuracy(model, setting.length, setting)
+        for layer, own in zip(layers(model), trained, strict=True):
+            layer.router_mix.copy_(own)
     return result
 
 

@@ -20,6 +20,7 @@ def report(path: Path) -> str:
         conditions(results),
         by_length(rows, names, lengths),
         by_opened(rows, lengths),
+        by_mix(rows),
         agreement(rows),
     )
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -69,6 +70,17 @@ def by_opened(rows: list[dict], lengths: list[str]) -> str:
         ]
         lines.append(f"| {opened} blocks opened | {' | '.join(map(cell, found))} |")
     return "\n".join(lines)
+
+
+def by_mix(rows: list[dict]) -> str:
+    """The same trained model, other router mixes."""
+    changed = [row for row in rows if "mix_after_training" in row]
+    found = []
+    for mix in changed[0]["mix_after_training"] if changed else ():
+        found.append(
+            f"{cell([row['mix_after_training'][mix]['accuracy'] for row in changed])} with mix {mix}"
+        )
+    return f"At the trained length {changed[0]['model']} reaches, tested {', '.join(found)}." if found else ""
 
 
 def agreement(rows: list[dict]) -> str:

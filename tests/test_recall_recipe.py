@@ -184,6 +184,10 @@ def test_a_grid_that_was_stopped_goes_on(recipe, tmp_path):
     assert list(rows[1]["opened_after_training"]) == ["1", "2", "4", "8", "16"]
     assert rows[1]["opened_after_training"]["4"] == rows[1]["accuracy"]
     assert rows[1]["accuracy"]["128"]["asked"] == 2 * 16
+    mixes = rows[1]["mix_after_training"]
+    assert list(mixes) == ["1.0", "0.5", "0.0"]
+    assert mixes["0.5"] == rows[1]["accuracy"]["128"]
+    assert f"{mixes['1.0']['accuracy']:.3f} with mix 1.0" in out
     assert (tmp_path / "recall.md").read_text() in out
     assert (tmp_path / "recall.png").stat().st_size > 1000
 
