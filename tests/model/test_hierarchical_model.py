@@ -24,7 +24,7 @@ def model(tree=TREE, attention="hierarchical", dtype=torch.float64, **changes):
             if name.endswith(("prior_query", "level_bias", "key_conv")):
                 weight.normal_(0, 0.3)
             if name.endswith("router_mix"):
-                weight.uniform_(0.2, 0.9)
+                weight.requires_grad_().uniform_(0.2, 0.9)
     return network.eval()
 
 
@@ -218,3 +218,11 @@ def test_a_router_mix_that_an_optimizer_moved_over_the_border_can_come_back(bord
     assert inward.any()
     assert not inward.all()
     torch.testing.assert_close(outside, inside * inward)
+
+
+def test_the_router_mix_does_not_learn_unless_asked():
+    """Its gradient would take the blocks' masses away from the router, which learns by them."""
+    config = LongNetConfig(num_hidden_layers=1, attention="hierarchical", hierarchical=TREE)
+    mix = LongNetModel(config).layers[0].attention.router_mix
+    assert mix.tolist() == [1] * config.num_attention_heads
+    assert not mix.requires_grad

@@ -43,7 +43,8 @@ class LongNetHierarchicalAttention(LongNetProjections):
 
     Keys pass a short causal depthwise convolution, added to them, before the norm: k_t + sum_j c_j k_{t-j}. Rotary turns act
     inside the window only. Parameters of the attention itself, per key head or head: the prior query that pools (0: the
-    mean), a bias per level (0), and beta, how far an opened block's mass is the router's score (1; clamped to [0, 1]).
+    mean), a bias per level (0), and beta, how far an opened block's mass is the router's score (1; clamped to [0, 1]), which
+    does not learn unless asked: its gradient would take away what the router learns by.
     """
 
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
@@ -52,7 +53,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
         self.impl: HierarchicalImpl | None = "reference" if config.attention_impl == "reference" else None
         self.prior_query = nn.Parameter(torch.zeros(self.key_heads, self.head_dim))
         self.level_bias = nn.Parameter(torch.zeros(self.heads, self.pattern.most_levels()))
-        self.router_mix = nn.Parameter(torch.ones(self.heads))
+        self.router_mix = nn.Parameter(torch.ones(self.heads), requires_grad=False)
         self.key_conv = nn.Parameter(torch.zeros(self.key_heads, self.head_dim, config.key_conv))
 
     def forward(
