@@ -31,8 +31,12 @@ from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 
 SIZE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.05}
-TREE = HierarchicalPattern(block=16, radix=4, window_blocks=2, guard=1, top_k=4, beam=8)
+# A needle in the mean of 64 tokens is hard to tell from none: of the 30 such nodes at the trained length this beam opens 16.
+TREE = HierarchicalPattern(block=16, radix=4, window_blocks=2, guard=1, top_k=4, beam=16)
 BUDGETS = (1, 2, 4, 8)
+# Router mix: 1 at first, which trains the router, in the last quarter of the steps down to this, which lets the right block
+# outweigh the others.
+MIX = 0.5
 # The model whose number of opened blocks is also changed after training.
 CHANGED = "opened-4"
 
@@ -44,6 +48,11 @@ def variants() -> dict[str, Variant]:
     dilated = DilatedPattern(tuple(64 * 4**i for i in range(6)), tuple(4**i for i in range(6)))
     named += [Variant("dilated", TREE, dilated), Variant("summaries", replace(TREE, top_k=0))]
     named += [Variant(f"opened-{k}", replace(TREE, top_k=k)) for k in BUDGETS]
+    most = replace(TREE, top_k=BUDGETS[-1])
+    named += [
+        Variant("opened-8, beam 8", replace(most, beam=8)),
+        Variant("opened-8, mix learned", most, mix_learned=True),
+    ]
     return {variant.name: variant for variant in named}
 
 
@@ -111,6 +120,14 @@ def layers(model: LongNetForCausalLM) -> Iterator[LongNetHierarchicalAttention]:
             yield module
 
 
+@torch.no_grad()
+def set_mix(model: LongNetForCausalLM, done: float) -> None:
+    """The router mix after this share of the training, where it is not learned."""
+    for layer in layers(model):
+        if not layer.router_mix.requires_grad:
+            layer.router_mix.fill_(1 - (1 - MIX) * max(0.0, 4 * done - 3))
+
+
 def train(model: LongNetForCausalLM, name: str, seed: int, setting: Setting, deadline: float) -> list | None:
     """The learning curve, or None if time ran out. Lengths from an eighth of the trained one, tokens a step always as many."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -125,6 +142,7 @@ def train(model: LongNetForCausalLM, name: str, seed: int, setting: Setting, dea
     curve = []
     for step in range(1, setting.steps + 1):
         length = lengths[chosen[step - 1]]
+        set_mix(model, step / setting.steps)
         batch = TASKS[setting.task](setting.tokens // length, length, generator)
         with setting.autocast():
             logits = answers(model, batch)
@@ -161,9 +179,11 @@ def run(name: str, seed: int, setting: Setting, deadline: float) -> dict | None:
         "keys_share": variant.keys_share(setting.length, SIZE["num_attention_heads"]),
         "path": setting.path or variant.path(setting.device, SIZE["num_attention_heads"], width, setting.length),
         "accuracy": {n: accuracy(model, n, setting) for n in setting.lengths},
+        "router_mix": [layer.router_mix.tolist() for layer in layers(model)],
     }  # fmt: skip
     if name == CHANGED:
         row["opened_after_training"] = opened_after_training(model, setting)
+        row["mix_after_training"] = mix_after_training(model, setting)
     if row["path"] == "triton":
         for layer in layers(model):
             layer.impl = "torch"
@@ -183,13 +203,26 @@ def opened_after_training(model: LongNetForCausalLM, setting: Setting) -> dict[i
     return result
 
 
+def mix_after_training(model: LongNetForCausalLM, setting: Setting) -> dict[float, dict]:
+    """Accuracy at the trained length for other router mixes than the last one of the training."""
+    trained, result = [layer.router_mix.clone() for layer in layers(model)], {}
+    with torch.no_grad():
+        for mix in (1.0, 0.5, 0.0):
+            for layer in layers(model):
+                layer.router_mix.fill_(mix)
+            result[mix] = accuracy(model, setting.length, setting)
+        for layer, own in zip(layers(model), trained, strict=True):
+            layer.router_mix.copy_(own)
+    return result
+
+
 class Results:
     """The rows so far, in a file that is whole at any time."""
 
     def __init__(self, folder: Path, setting: Setting) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.path = folder, folder / f"{setting.task}.json"
-        self.setting = asdict(setting) | {"tree": asdict(TREE), "size": SIZE}
+        self.setting = asdict(setting) | {"tree": asdict(TREE), "size": SIZE, "mix": MIX}
         self.rows: list[dict] = []
         if self.path.exists():
             before = json.loads(self.path.read_text())

@@ -20,6 +20,7 @@ def report(path: Path) -> str:
         conditions(results),
         by_length(rows, names, lengths),
         by_opened(rows, lengths),
+        by_mix(rows),
         agreement(rows),
     )
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -71,6 +72,17 @@ def by_opened(rows: list[dict], lengths: list[str]) -> str:
     return "\n".join(lines)
 
 
+def by_mix(rows: list[dict]) -> str:
+    """The same trained model, other router mixes."""
+    changed = [row for row in rows if "mix_after_training" in row]
+    found = []
+    for mix in changed[0]["mix_after_training"] if changed else ():
+        found.append(
+            f"{cell([row['mix_after_training'][mix]['accuracy'] for row in changed])} with mix {mix}"
+        )
+    return f"At the trained length {changed[0]['model']} reaches, tested {', '.join(found)}." if found else ""
+
+
 def agreement(rows: list[dict]) -> str:
     """Accuracy by the kernels and by plain tensor operations, over the same texts at the trained length."""
     pairs = [(row, row["accuracy_without_triton"]) for row in rows if "accuracy_without_triton" in row]
@@ -103,9 +115,10 @@ def draw(rows: list[dict], names: list[str], lengths: list[str], setting: dict, 
     left.set_ylabel("accuracy")
     left.set_title(setting["task"])
     left.legend(fontsize=7)
+    split = [(name.removeprefix("opened-"), name) for name in names]
     trained = [
-        (int(name.split("-")[1]), name) for name in names if name.startswith("opened-")
-    ]  # trained with as many
+        (int(k), name) for k, name in split if k.isdigit()
+    ]  # trained with as many, nothing else changed
     for length, style in ((lengths[0], "-"), (lengths[-1], "--")):
         if trained:
             means = [statistics.mean(values(rows, name, length)) for _, name in trained]

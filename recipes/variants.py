@@ -29,7 +29,8 @@ EVERYTHING = 2**31
 class Variant:
     """An attention: a tree, or a dilated pattern if one is given.
 
-    turned: rotary positions (dilated and dense); summaries: False leaves of a tree only its window.
+    turned: rotary positions (dilated and dense); summaries: False leaves of a tree only its window; mix_learned: the router
+    mix follows its gradient, which always asks for less of it at once and so leaves the router untrained.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Variant:
     dilated: DilatedPattern | None = None
     turned: bool = True
     summaries: bool = True
+    mix_learned: bool = False
 
     def keys_share(self, tokens: int, heads: int) -> float:
         """Keys and summaries in the softmax of the last token, as a share of the text (dilated: the mean, against dense)."""
@@ -96,10 +98,12 @@ def build(variant: Variant, seed: int, **size: object) -> LongNetForCausalLM:
     model = LongNetForCausalLM(config)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.attention.key_conv, std=TAPS)
+        layer.attention.router_mix.requires_grad_(variant.mix_learned)
     for index, layer in enumerate(model.model.layers):
         if variant.dilated is not None:
             plain = LongNetPlainAttention(config, index, variant.dilated, variant.turned)
             plain.load_state_dict(layer.attention.state_dict())
+            plain.router_mix.requires_grad_(False)
             layer.attention = plain
         elif not variant.summaries:
             torch.nn.init.constant_(layer.attention.level_bias, NEVER)

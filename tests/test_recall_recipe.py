@@ -137,7 +137,8 @@ def test_the_kernels_take_every_tree_on_a_gpu(monkeypatch):
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1024, 4, width))
     for variant in recall.variants().values():
         assert hierarchical.unsupported(q, q, variant.tree, True) is None
-    assert recall.variants()["opened-4"].keys_share(1024, 4) < 0.15
+    assert recall.variants()["opened-4"].keys_share(2048, 4) < 0.10
+    assert recall.variants()["opened-8"].keys_share(2048, 4) < 0.13
     assert recall.variants()["opened-4"].path("cpu", 4, width, 64).startswith("torch: it needs a CUDA")
 
 
@@ -183,6 +184,10 @@ def test_a_grid_that_was_stopped_goes_on(recipe, tmp_path):
     assert list(rows[1]["opened_after_training"]) == ["1", "2", "4", "8", "16"]
     assert rows[1]["opened_after_training"]["4"] == rows[1]["accuracy"]
     assert rows[1]["accuracy"]["128"]["asked"] == 2 * 16
+    mixes = rows[1]["mix_after_training"]
+    assert list(mixes) == ["1.0", "0.5", "0.0"]
+    assert mixes["0.5"] == rows[1]["accuracy"]["128"]
+    assert f"{mixes['1.0']['accuracy']:.3f} with mix 1.0" in out
     assert (tmp_path / "recall.md").read_text() in out
     assert (tmp_path / "recall.png").stat().st_size > 1000
 
@@ -202,6 +207,19 @@ def test_tables_of_finished_files_without_the_experiment(recipe, tmp_path, monke
         ["| opened-4", "76.6 %", "2"],
     ]
     assert (tmp_path / "recall.png").stat().st_size < 150_000
+
+
+def test_a_report_draws_models_whose_names_say_more_than_how_many_blocks_they_open(tmp_path):
+    """They are in the table and in the left picture; the right one, by opened blocks, leaves them out."""
+    row = {"seed": 0, "keys_share": 0.1, "accuracy": {"128": {"accuracy": 0.5}}}
+    rows = [row | {"model": name} for name in load("recall").variants()]
+    where = {"machine": "CPU", "torch": "2"}
+    setting = {"task": "recall", "length": 128, "steps": 2, "tokens": 256}
+    path = tmp_path / "recall.json"
+    path.write_text(json.dumps({"setting": setting, "environment": where, "rows": rows}))
+    text = load("recall_report").report(path)
+    assert all(f"| {row['model']} | 10.0 % | 1 | 0.500 |" in text for row in rows)
+    assert path.with_suffix(".png").exists()
 
 
 def test_one_run_that_fails_leaves_the_others(recipe, tmp_path, monkeypatch):
@@ -233,6 +251,28 @@ def test_results_of_another_setting_are_not_mixed_in(recipe, tmp_path):
 def test_lengths_that_cannot_be(recipe, tmp_path):
     with pytest.raises(ValueError, match="power of two"):
         recipe(tmp_path, "--length", 100)
+
+
+def test_the_router_mix_stays_one_for_three_quarters_and_ends_at_a_half_unless_it_is_learned():
+    recall, variants = load("recall"), load("variants")
+    for name, learned in (("opened-8", False), ("opened-8, mix learned", True)):
+        model = variants.build(recall.variants()[name], 0, **recall.SIZE)
+        mixes = []
+        for done in (0.0, 0.75, 0.875, 1.0):
+            recall.set_mix(model, done)
+            mixes.append(model.model.layers[1].attention.router_mix.tolist())
+        assert mixes == [[x] * 4 for x in ((1, 1, 1, 1) if learned else (1, 1, 0.75, 0.5))]
+
+
+def test_only_a_learned_router_mix_follows_its_gradient():
+    recall = load("recall")
+    fields = {"task": "recall", "length": 512, "doublings": 0, "steps": 4, "tokens": 512}
+    setting = recall.Setting(**fields, learning_rate=5e-3, texts=2, device="cpu", path=None)
+    fixed, learned = (
+        recall.run(name, 0, setting, float("inf")) for name in ("opened-8", "opened-8, mix learned")
+    )
+    assert fixed["router_mix"] == [[recall.MIX] * 4] * 2
+    assert all(mix not in (1, recall.MIX) for layer in learned["router_mix"] for mix in layer)
 
 
 def test_runs_are_repeatable():

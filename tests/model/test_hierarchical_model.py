@@ -24,7 +24,7 @@ def model(tree=TREE, attention="hierarchical", dtype=torch.float64, **changes):
             if name.endswith(("prior_query", "level_bias", "key_conv")):
                 weight.normal_(0, 0.3)
             if name.endswith("router_mix"):
-                weight.uniform_(0.2, 0.9)
+                weight.requires_grad_().uniform_(0.2, 0.9)
     return network.eval()
 
 
@@ -197,3 +197,32 @@ def test_autocast_changes_neither_dtypes_nor_the_precision_of_pooling(monkeypatc
     assert network.model.layers[0].attention.prior_query.grad.abs().sum() > 0
     assert (logits.float() - true).norm() < 0.1 * true.norm()
     assert (streamed.float() - true).norm() < 0.1 * true.norm()
+
+
+@pytest.mark.parametrize("border", [0, 1])
+def test_a_router_mix_that_an_optimizer_moved_over_the_border_can_come_back(border):
+    """Outside [0, 1] it counts as the border; its gradient dies only where a descent would lead farther out."""
+    network, ids = model(), tokens(1, 60)
+    attention = network.model.layers[0].attention
+    gradients, logits = [], []
+    for overshoot in (0.0, 0.01):
+        with torch.no_grad():
+            attention.router_mix.fill_(border + overshoot * (2 * border - 1))
+        attention.router_mix.grad = None
+        logits.append(network(ids).logits)
+        logits[-1].square().sum().backward()
+        gradients.append(attention.router_mix.grad.clone())
+    assert torch.equal(*logits)
+    inside, outside = gradients
+    inward = inside > 0 if border else inside < 0
+    assert inward.any()
+    assert not inward.all()
+    torch.testing.assert_close(outside, inside * inward)
+
+
+def test_the_router_mix_does_not_learn_unless_asked():
+    """Its gradient would take the blocks' masses away from the router, which learns by them."""
+    config = LongNetConfig(num_hidden_layers=1, attention="hierarchical", hierarchical=TREE)
+    mix = LongNetModel(config).layers[0].attention.router_mix
+    assert mix.tolist() == [1] * config.num_attention_heads
+    assert not mix.requires_grad

@@ -38,8 +38,8 @@ def whole(network, ids, targets):
 
 
 def weights(network):
-    """A convolution of width 0 has an empty one, without a gradient."""
-    return [(name, weight) for name, weight in network.named_parameters() if weight.numel()]
+    """Those that learn; a convolution of width 0 has an empty one, without a gradient."""
+    return [(name, w) for name, w in network.named_parameters() if w.numel() and w.requires_grad]
 
 
 def compare(network, ids, targets, chunk, atol):
@@ -116,7 +116,7 @@ def tree_model(attention, key_conv=4, dtype=torch.float64, retention=(24, 12)):
             if name.endswith(("prior_query", "level_bias", "key_conv")):
                 weight.normal_(0, 0.3)
             if name.endswith("router_mix"):
-                weight.uniform_(0.2, 0.9)
+                weight.requires_grad_().uniform_(0.2, 0.9)
     return network
 
 
@@ -125,6 +125,13 @@ def tree_model(attention, key_conv=4, dtype=torch.float64, retention=(24, 12)):
 @pytest.mark.parametrize("attention", ["hierarchical", ["hierarchical", "dilated"]])
 def test_gradients_of_hierarchical_layers_equal_one_backward_pass(attention, chunk):
     compare(tree_model(attention), *data(2, 131 if chunk > 2 else 83), chunk, 1e-12)
+
+
+def test_hierarchical_layers_whose_router_mix_does_not_learn():
+    network = tree_model("hierarchical")
+    mixes = [layer.attention.router_mix.requires_grad_(False) for layer in network.model.layers]
+    compare(network, *data(1, 70), 16, 1e-12)
+    assert all(mix.grad is None for mix in mixes)
 
 
 def test_hierarchical_layers_without_convolution_recomputed_and_in_single_precision():

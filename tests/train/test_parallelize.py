@@ -90,7 +90,7 @@ def _random(config):
                 if hasattr(layer.attention, name):
                     getattr(layer.attention, name).normal_(0, 0.5)
             if hasattr(layer.attention, "router_mix"):
-                layer.attention.router_mix.copy_(torch.tensor([0.1, 0.9, 0.5, 0.6]))
+                layer.attention.router_mix.requires_grad_().copy_(torch.tensor([0.1, 0.9, 0.5, 0.6]))
     return model
 
 

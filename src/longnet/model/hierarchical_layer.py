@@ -20,12 +20,31 @@ if TYPE_CHECKING:
     from longnet.model.config import LongNetConfig
 
 
+class _Clamp(torch.autograd.Function):
+    """x.clamp(0, 1) whose gradient dies only where a descent would leave [0, 1] farther.
+
+    clamp's own is 0 everywhere outside: an optimizer's first step from the border could never be taken back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyrefly: ignore - one input
+        (x,) = ctx.saved_tensors
+        outward = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))
+        return gradient.masked_fill(outward, 0)
+
+
 class LongNetHierarchicalAttention(LongNetProjections):
     """Grouped-query hierarchical attention: (B, N, hidden) -> (B, N, hidden).
 
     Keys pass a short causal depthwise convolution, added to them, before the norm: k_t + sum_j c_j k_{t-j}. Rotary turns act
     inside the window only. Parameters of the attention itself, per key head or head: the prior query that pools (0: the
-    mean), a bias per level (0), and beta, how far an opened block's mass is the router's score (1; clamped to [0, 1]).
+    mean), a bias per level (0), and beta, how far an opened block's mass is the router's score (1; clamped to [0, 1]), which
+    does not learn unless asked: its gradient would take away what the router learns by.
     """
 
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
@@ -34,7 +53,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
         self.impl: HierarchicalImpl | None = "reference" if config.attention_impl == "reference" else None
         self.prior_query = nn.Parameter(torch.zeros(self.key_heads, self.head_dim))
         self.level_bias = nn.Parameter(torch.zeros(self.heads, self.pattern.most_levels()))
-        self.router_mix = nn.Parameter(torch.ones(self.heads))
+        self.router_mix = nn.Parameter(torch.ones(self.heads), requires_grad=False)
         self.key_conv = nn.Parameter(torch.zeros(self.key_heads, self.head_dim, config.key_conv))
 
     def forward(
@@ -56,6 +75,10 @@ class LongNetHierarchicalAttention(LongNetProjections):
             out = self._attend(q, k, v, rotary, lengths, cache)
         return self.o_proj(out.flatten(2))
 
+    def beta(self) -> Tensor:
+        """(H,): the router mix within [0, 1], which optimizers may leave by a step."""
+        return _Clamp.apply(self.router_mix)
+
     def _project(
         self, hidden: Tensor, lengths: Tensor | None = None, cache: LongNetCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +99,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
         """What the last token of hidden (1, N, C) sees, one map per head."""
         q, k, v = self._project(hidden)
         q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
-        mix, scale = self.router_mix.clamp(0, 1), 1 / math.sqrt(self.head_dim)
+        mix, scale = self.beta(), 1 / math.sqrt(self.head_dim)
         return attention_map(
             q[0, -1], q_local[0, -1], k[0], k_local[0], self.pattern, scale, self.prior_query, self.level_bias, mix
         )  # fmt: skip
@@ -90,7 +113,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
         lengths: Tensor | None,
         cache: LongNetCache | None,
     ) -> Tensor:
-        mix = self.router_mix.clamp(0, 1)
+        mix = self.beta()
         if cache is not None:
             q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
             work = torch.promote_types(v.dtype, torch.float32)
