@@ -17,7 +17,7 @@ test: lint
 
 # On a machine with a GPU, with the torch, triton and pytest that are already there.
 test-gpu:
-	PYTHONPATH=src:tests python3 -m pytest -o addopts="" -q -rs -m gpu tests/gpu
+	PYTHONPATH=src:tests python3 -m pytest -o addopts="" -q -rs -m gpu tests/gpu tests/integrations/test_on_gpu.py
 
 bench:
 	PYTHONPATH=src python3 benchmarks/run.py
