@@ -105,13 +105,11 @@ def draw(rows: list[dict], names: list[str], lengths: list[str], setting: dict, 
     for name in names:
         found = [values(rows, name, n) for n in lengths]
         (line,) = left.plot(x, [statistics.mean(f) for f in found], marker="o", markersize=4, label=name)
-        if len(found[0]) > 1:
-            left.fill_between(
-                x, [min(f) for f in found], [max(f) for f in found], color=line.get_color(), alpha=0.15
-            )
+        for seed in zip(*found, strict=True) if len(found[0]) > 1 else ():
+            left.plot(x, seed, color=line.get_color(), linewidth=0.7, alpha=0.6)
     left.axvline(setting["length"], color="grey", linestyle=":")
     left.set_xscale("log", base=2)
-    left.set_xlabel("tokens (dotted: the longest in training)")
+    left.set_xlabel("tokens (dotted: the longest in training; thin: each seed)")
     left.set_ylabel("accuracy")
     left.set_title(setting["task"])
     left.legend(fontsize=7)

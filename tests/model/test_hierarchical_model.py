@@ -4,8 +4,15 @@ import pickle
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, LongNetModel
+from longnet import (
+    LongNetCache,
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetForSequenceClassification,
+    LongNetModel,
+)
 from longnet.generate import generate
 
 TREE = {"block": 4, "radix": 3, "window_blocks": 2, "guard": 1, "top_k": 2, "beam": 3}
@@ -226,3 +233,27 @@ def test_the_router_mix_does_not_learn_unless_asked():
     mix = LongNetModel(config).layers[0].attention.router_mix
     assert mix.tolist() == [1] * config.num_attention_heads
     assert not mix.requires_grad
+
+
+@pytest.mark.parametrize("options", [{}, {"output_loading_info": True}])
+@pytest.mark.parametrize(
+    "load", [LongNetForCausalLM, LongNetModel, LongNetForSequenceClassification, AutoModelForCausalLM]
+)
+def test_a_loaded_router_mix_does_not_learn_either_and_still_may(load, options, tmp_path):
+    """transformers makes every parameter that it loads learn."""
+    network = model(dtype=torch.float32)
+    network.save_pretrained(tmp_path)
+    loaded = load.from_pretrained(tmp_path, **options)
+    again = loaded[0] if options else loaded
+    held = {name for name, weight in again.named_parameters() if not weight.requires_grad}
+    assert held == {name for name, _ in again.named_parameters() if name.endswith("router_mix")}
+    assert len(held) == 2
+    mixes = [layer.attention.router_mix for layer in again.base_model.layers]
+    assert all(
+        torch.equal(mix, layer.attention.router_mix)
+        for mix, layer in zip(mixes, network.model.layers, strict=True)
+    )
+    for mix in mixes:
+        mix.requires_grad_()
+    again.base_model(input_ids=tokens(1, 60)).last_hidden_state.sum().backward()
+    assert all(mix.grad.abs().sum() > 0 for mix in mixes)

@@ -45,6 +45,16 @@ class LongNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LongNetLayer"]  # noqa: RUF012 - Hugging Face's own convention
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # pyrefly: ignore - the rest is handed on
+        """As in transformers, which makes every loaded parameter learn: router mixes are held fixed again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
+        for module in model.modules():
+            if isinstance(module, LongNetHierarchicalAttention):
+                module.router_mix.requires_grad_(False)
+        return loaded
+
     def save_pretrained(  # pyrefly: ignore - the rest is handed on by name
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
@@ -55,8 +65,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range); matrices that write to the residual stream 1 / sqrt(2 layers)
-        smaller (GPT-2)."""
+        """N(0, initializer_range); matrices that write to the residual stream 1 / sqrt(2 layers) smaller (GPT-2)."""
         if isinstance(module, nn.Linear) and getattr(module, "writes_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -104,8 +113,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
         Args:
             input_ids: (B, N) int64; or inputs_embeds (B, N, hidden).
-            attention_mask: (B, N) of 0 and 1, every row one run of 1s. Left-padded rows are shifted
-                to the left edge at
+            attention_mask: (B, N) of 0 and 1, every row one run of 1s. Left-padded rows are shifted to the left edge at
                 the door and back at the exit, so a document's states do not depend on its batch.
             past_key_values: a `LongNetCache`; the tokens continue what it has read. `cache` is its
                 other name, that of newer transformers.
@@ -143,8 +151,7 @@ class LongNetModel(LongNetPreTrainedModel):
         start: int,
         keep_states: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """All layers and the final norm: (hidden (B, N, C), the input of every layer and the last
-        output, or None)."""
+        """All layers and the final norm: (hidden (B, N, C), the input of every layer and the last output, or None)."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + start
         if cache is not None:
             positions = positions + cache.positions[:, None]
@@ -207,8 +214,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
-    """LongNet with a language-model head. Losses are computed in chunks of tokens; all logits never
-    exist at once.
+    """LongNet with a language-model head. Losses are computed in chunks of tokens; all logits never exist at once.
 
     Example:
         >>> model = LongNetForCausalLM(LongNetConfig.preset("tiny", num_hidden_layers=1))
@@ -249,14 +255,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         """Logits (B, N, V), or the loss.
 
         Args:
-            labels: (B, N), usually input_ids: token n is asked to predict labels[n + 1]; -100 is
-                ignored, and so is
-                every label at padding or predicted from padding. With labels, logits are None
-                unless return_logits.
-            logits_to_keep: an integer k keeps the last k tokens (of each sequence's own, if
-                `lengths` is given).
-            num_items_in_batch: the loss is the sum over tokens divided by this; None: by the tokens
-                that count.
+            labels: (B, N), usually input_ids: token n is asked to predict labels[n + 1]; -100 is ignored, and so is
+                every label at padding or predicted from padding. With labels, logits are None unless return_logits.
+            logits_to_keep: an integer k keeps the last k tokens (of each sequence's own, if `lengths` is given).
+            num_items_in_batch: the loss is the sum over tokens divided by this; None: by the tokens that count.
             Others: as in `LongNetModel`.
         """
         output = self.model(
@@ -295,12 +297,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Negative log-likelihood of every next token, in nats, fp32; 0 where a target is -100 or
-        padding.
+        """Negative log-likelihood of every next token, in nats, fp32; 0 where a target is -100 or padding.
 
         Without `targets`: (B, N - 1), entry n scores input_ids[:, n + 1]. With `targets` (B, N):
-        entry n scores
-        targets[:, n], for streams, where the next token of a chunk's end lies in the next chunk.
+        entry n scores targets[:, n],
+        for streams, where the next token of a chunk's end lies in the next chunk.
         """
         hidden = self.model(
             input_ids=input_ids,
@@ -348,8 +349,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         cache: LongNetCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """One step of `generate`. Positions come from the cache or the mask, so no position_ids are
-        handed on."""
+        """One step of `generate`. Positions come from the cache or the mask, so no position_ids are handed on."""
         cache = _one_of(past_key_values, cache)
         inputs: dict[str, Any] = {
             CACHE: cache,
