@@ -151,7 +151,7 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
 SELECT_WARPS = 1
 
 # (rows, warps, stages) of the kernels over the readers of a leaf.
-LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 2)}
+LEAF_TILES = {"forward": (64, 4, 3), "backward": (64, 4, 2)}
 
 
 def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
@@ -162,7 +162,7 @@ def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
 
 
 # (rows, warps, stages) of the kernel over the readers of COLUMNS nodes.
-NODE_TILE = (128, 8, 2)
+NODE_TILE = (64, 4, 2)
 
 
 def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:

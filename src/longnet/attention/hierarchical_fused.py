@@ -54,8 +54,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, geometry, scale = arguments
-        out, lse, routes = forward(*tensors, geometry, scale)
-        ctx.save_for_backward(*tensors, out, lse, *(routes or ()))
+        out, lse, routes, leaf_logits = forward(*tensors, geometry, scale, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*tensors, out, lse, *(routes or ()), *leaf_logits)
         ctx.geometry, ctx.scale = geometry, scale
         ctx.set_materialize_grads(False)
         return out, lse
@@ -63,14 +63,14 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        *tensors, out, lse, opened, base_bits, child_bits = _padded(ctx.saved_tensors, 15)
-        routes = None if opened is None else Routes(opened, base_bits, child_bits)
-        dout = torch.zeros_like(out) if dout is None else dout
-        return *backward(dout, dlse, *tensors, out, lse, routes, ctx.geometry, ctx.scale), None, None
+        tensors, opened, leaf_logits = (ctx.saved_tensors[part] for part in (_INPUTS, _ROUTES, _LOGITS))
+        routes = Routes(*opened) if opened else None
+        dout = torch.zeros_like(tensors[-2]) if dout is None else dout
+        return *backward(dout, dlse, *tensors, routes, leaf_logits, ctx.geometry, ctx.scale), None, None
 
 
-def _padded(saved: tuple, count: int) -> tuple:
-    return *saved, *(None,) * (count - len(saved))
+# What the forward pass saves: its ten tensors, out and lse; what was opened; of every chunk the logits of opened leaves.
+_INPUTS, _ROUTES, _LOGITS = slice(12), slice(12, 15), slice(15, None)
 
 
 def forward(
@@ -86,8 +86,10 @@ def forward(
     router_mix: Tensor,
     geometry: Geometry,
     scale: float,
-) -> tuple[Tensor, Tensor, Routes | None]:
-    """out (B, N, H, D), lse (B, H, N) and what was opened.
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Routes | None, list[Tensor]]:
+    """out (B, N, H, D), lse (B, H, N), what was opened, and if `keep` what the backward pass wants of every chunk's opened
+    leaves: (2, pairs, tokens, top_k, group) fp32, log2 of their mass and score.
 
     q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
     (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32.
@@ -108,27 +110,29 @@ def forward(
         BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
     )  # fmt: skip
     if not opening:
-        return out, lse, None
+        return out, lse, None, []
     summaries = (kbar, vbar, entropy, level_bias)
-    routes = empty_routes(shape, geometry, q.device)
+    routes, kept = empty_routes(shape, geometry, q.device), []
     for chunk in chunks(shape, geometry, q.element_size()):
         tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
         order, items, _ = leaf_items(routes, shape, geometry, chunk)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
-        part_weight = torch.empty(lead, device=q.device)
+        logits = torch.empty(2, *lead, device=q.device)
+        if keep:
+            kept.append(logits)
         leaves.leaf_forward[(len(items),)](
-            q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight,
+            q, k, v, kbar, entropy, level_bias, order, items, part, *logits,
             *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,
             chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, q.dtype, "forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_weight,
+            q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, *logits,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
             TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
-    return out, lse, routes
+    return out, lse, routes, kept
 
 
 def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     routes: Routes | None,
+    leaf_logits: Sequence[Tensor],
     geometry: Geometry,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
@@ -104,7 +106,7 @@ def backward(
     if routes is not None:
         for level in range(geometry.levels - 1):
             far.children(routes, level, dnodes)
-        dk = far.opened(routes, dq, joint, dbias, dmix, dv, dnodes)
+        dk = far.opened(routes, leaf_logits, dq, joint, dbias, dmix, dv, dnodes)
     dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
     return (
         dq, dk, dv.to(v.dtype), None if joint else dq_local, dk_local,
@@ -200,6 +202,7 @@ class _Far(NamedTuple):
     def opened(
         self,
         routes: Routes,
+        leaf_logits: Sequence[Tensor],
         dq: Tensor,
         add: bool,
         dbias: Tensor,
@@ -213,8 +216,9 @@ class _Far(NamedTuple):
         leaves, block, width = geometry.sizes[0], geometry.block, shape.width
         dkv = torch.zeros(shape.pairs * leaves, 2 * block * width, device=self.q.device)
         dnode = torch.zeros(shape.pairs * leaves, width + 1, device=self.q.device)
-        for chunk in chunks(shape, geometry, self.q.element_size()):
-            self._chunk(routes, chunk, dq, add, dbias, dmix, dkv, dnode)
+        parts = chunks(shape, geometry, self.q.element_size())
+        for chunk, logits in zip(parts, leaf_logits, strict=True):
+            self._chunk(routes, chunk, logits, dq, add, dbias, dmix, dkv, dnode)
         dkv = dkv.view(shape.batch, shape.key_heads, leaves, 2, block, width)
         covered = leaves * block
         dk = torch.zeros(
@@ -227,21 +231,20 @@ class _Far(NamedTuple):
         dnodes[:, :leaves, :, -1] += dnode[..., -1]
         return dk
 
-    def _chunk(self, routes, chunk, dq, add, dbias, dmix, dkv, dnode) -> None:
+    def _chunk(self, routes, chunk, logits, dq, add, dbias, dmix, dkv, dnode) -> None:
         """The readers of one chunk of tokens: their dq, and what they add to every leaf."""
         shape, geometry, device = self.shape, self.geometry, self.q.device
         order, items, first_item = leaf_items(routes, shape, geometry, chunk)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)
-        part_score, part_mix = torch.empty(lead, device=device), torch.empty(lead, device=device)
+        part_dscore, part_dmix = torch.empty(2, *lead, device=device)
         item_dkv = torch.empty(len(items), dkv.shape[1], device=device)
         item_dnode = torch.empty(len(items), dnode.shape[1], device=device)
-        summaries = (self.kbar, self.entropy, self.level_bias)
         leaves.leaf_backward[(len(items),)](
-            self.q, self.k, self.v, *summaries, self.router_mix, order, items, self.dout, self.lse, self.delta,
-            part, part_score, part_mix, item_dkv, item_dnode,
+            self.q, self.k, self.v, self.kbar, self.router_mix, order, items, *logits, self.dout, self.lse, self.delta,
+            part, part_dscore, part_dmix, item_dkv, item_dnode,
             *strides(self.q), *strides(self.k), *strides(self.v), shape.tokens, self.kbar.shape[1], geometry.sizes[0],
-            shape.heads, shape.key_heads, geometry.levels, chunk.first, chunk.tokens, self.scale,
+            shape.heads, shape.key_heads, chunk.first, chunk.tokens, self.scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, self.q.dtype, "backward"),
         )  # fmt: skip
         _sum(item_dkv, first_item, dkv, add=True)
@@ -249,7 +252,7 @@ class _Far(NamedTuple):
         tables = Tables.of(routes, shape, geometry, chunk)
         opened_backward.far_dq[tables.grid](
             self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, routes.opened,
-            tables.united, tables.sizes, tables.kept, part, part_score, part_mix, self.dout, self.lse, self.delta,
+            tables.united, tables.sizes, tables.kept, part, part_dscore, part_dmix, self.dout, self.lse, self.delta,
             dq, dbias, dmix, *strides(self.q), shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads,
             geometry.levels, self.scale, chunk.first, tables.most, tables.columns,
             TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, ADD=add,
