@@ -31,6 +31,16 @@ class Routes(NamedTuple):
     child_bits: Tensor
 
 
+class Leaves(NamedTuple):
+    """What the backward pass wants of a chunk's opened leaves: the readers by leaf (`sorted_items`), and of every place and head
+    the log2 of the leaf's mass and its score, (2, pairs, tokens, top_k, group) fp32."""
+
+    order: Tensor
+    items: Tensor
+    first_item: Tensor
+    logits: Tensor
+
+
 class Geometry(NamedTuple):
     """The integers of a pattern at one length, as the kernels want them."""
 
@@ -128,21 +138,23 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
     }
 
 
-# Rows of a tile of tokens, (warps, stages) of the kernels over such tiles, and how many places of opened leaves are on their way.
+# Rows of a tile of tokens; (columns at a time, warps, stages, most registers) of the kernels over such tiles; and how many places
+# of opened leaves are on their way.
 FAR_ROWS = 64
 PLACE_STAGES = 3
-FAR_TILES = {"score": (4, 2), "attend": (4, 2), "dq": (4, 2)}
+FAR_TILES = {"score": (64, 4, 2, None), "attend": (64, 4, 2, None), "dq": (64, 4, 2, None)}
 
 
 def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
     """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
-    warps, stages = FAR_TILES[kernel]
+    columns, warps, stages, registers = FAR_TILES[kernel]
     return tile_of(shape, dtype) | {
         "GP": triton.next_power_of_2(shape.group),
         "T": tokens_per_tile(shape.group),
-        "BC": 64 if dtype != torch.float32 else 16,
+        "BC": columns if dtype != torch.float32 else 16,
         "num_warps": warps,
         "num_stages": stages,
+        "maxnreg": registers,
         **cover_constants(geometry),
     }
 
@@ -150,15 +162,20 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
 # Warps that search the candidates of one token.
 SELECT_WARPS = 1
 
-# (rows, warps, stages) of the kernels over the readers of a leaf.
-LEAF_TILES = {"forward": (64, 4, 3), "backward": (64, 4, 2)}
+# (rows, warps, stages, most registers) of the kernels over the readers of a leaf.
+ACROSS = False
+LEAF_TILES = {"forward": (64, 4, 3, None), "backward": (64, 4, 2, None)}
 
 
 def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
-    rows, warps, stages = LEAF_TILES[kernel]
+    rows, warps, stages, registers = LEAF_TILES[kernel]
     if dtype == torch.float32:
         rows, stages = 32, 1
-    return tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+    tile = tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+    tile["maxnreg"] = registers
+    if kernel == "backward":
+        tile["ACROSS"] = ACROSS
+    return tile
 
 
 # (rows, warps, stages) of the kernel over the readers of COLUMNS nodes.

@@ -9,6 +9,7 @@ from longnet.attention.far_work import (
     PLACE_STAGES,
     SELECT_WARPS,
     Geometry,
+    Leaves,
     Routes,
     Tables,
     chunks,
@@ -54,8 +55,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, geometry, scale = arguments
-        out, lse, routes, leaf_logits = forward(*tensors, geometry, scale, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(*tensors, out, lse, *(routes or ()), *leaf_logits)
+        out, lse, routes, kept = forward(*tensors, geometry, scale, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*tensors, out, lse, *(routes or ()), *(x for chunk in kept for x in chunk))
         ctx.geometry, ctx.scale = geometry, scale
         ctx.set_materialize_grads(False)
         return out, lse
@@ -63,14 +64,15 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        tensors, opened, leaf_logits = (ctx.saved_tensors[part] for part in (_INPUTS, _ROUTES, _LOGITS))
+        tensors, opened, kept = (ctx.saved_tensors[part] for part in (_INPUTS, _ROUTES, _LEAVES))
         routes = Routes(*opened) if opened else None
+        kept = [Leaves(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
         dout = torch.zeros_like(tensors[-2]) if dout is None else dout
-        return *backward(dout, dlse, *tensors, routes, leaf_logits, ctx.geometry, ctx.scale), None, None
+        return *backward(dout, dlse, *tensors, routes, kept, ctx.geometry, ctx.scale), None, None
 
 
-# What the forward pass saves: its ten tensors, out and lse; what was opened; of every chunk the logits of opened leaves.
-_INPUTS, _ROUTES, _LOGITS = slice(12), slice(12, 15), slice(15, None)
+# What the forward pass saves: its ten tensors, out and lse; what was opened; `Leaves` of every chunk.
+_INPUTS, _ROUTES, _LEAVES = slice(12), slice(12, 15), slice(15, None)
 
 
 def forward(
@@ -87,9 +89,8 @@ def forward(
     geometry: Geometry,
     scale: float,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Routes | None, list[Tensor]]:
-    """out (B, N, H, D), lse (B, H, N), what was opened, and if `keep` what the backward pass wants of every chunk's opened
-    leaves: (2, pairs, tokens, top_k, group) fp32, log2 of their mass and score.
+) -> tuple[Tensor, Tensor, Routes | None, list[Leaves]]:
+    """out (B, N, H, D), lse (B, H, N), what was opened, and if `keep` what the backward pass wants of every chunk.
 
     q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
     (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32.
@@ -115,12 +116,12 @@ def forward(
     routes, kept = empty_routes(shape, geometry, q.device), []
     for chunk in chunks(shape, geometry, q.element_size()):
         tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
-        order, items, _ = leaf_items(routes, shape, geometry, chunk)
+        order, items, first_item = leaf_items(routes, shape, geometry, chunk)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
         logits = torch.empty(2, *lead, device=q.device)
         if keep:
-            kept.append(logits)
+            kept.append(Leaves(order, items, first_item, logits))
         leaves.leaf_forward[(len(items),)](
             q, k, v, kbar, entropy, level_bias, order, items, part, *logits,
             *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,

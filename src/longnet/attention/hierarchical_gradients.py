@@ -14,13 +14,13 @@ from longnet.attention.far_work import (
     PLACE_STAGES,
     READERS,
     Geometry,
+    Leaves,
     Routes,
     Shape,
     Tables,
     chunks,
     cover_tile,
     far_tile,
-    leaf_items,
     leaf_tile,
     listed_items,
     node_tile,
@@ -49,7 +49,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     routes: Routes | None,
-    leaf_logits: Sequence[Tensor],
+    kept: Sequence[Leaves],
     geometry: Geometry,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
@@ -106,7 +106,7 @@ def backward(
     if routes is not None:
         for level in range(geometry.levels - 1):
             far.children(routes, level, dnodes)
-        dk = far.opened(routes, leaf_logits, dq, joint, dbias, dmix, dv, dnodes)
+        dk = far.opened(routes, kept, dq, joint, dbias, dmix, dv, dnodes)
     dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
     return (
         dq, dk, dv.to(v.dtype), None if joint else dq_local, dk_local,
@@ -202,7 +202,7 @@ class _Far(NamedTuple):
     def opened(
         self,
         routes: Routes,
-        leaf_logits: Sequence[Tensor],
+        kept: Sequence[Leaves],
         dq: Tensor,
         add: bool,
         dbias: Tensor,
@@ -217,8 +217,8 @@ class _Far(NamedTuple):
         dkv = torch.zeros(shape.pairs * leaves, 2 * block * width, device=self.q.device)
         dnode = torch.zeros(shape.pairs * leaves, width + 1, device=self.q.device)
         parts = chunks(shape, geometry, self.q.element_size())
-        for chunk, logits in zip(parts, leaf_logits, strict=True):
-            self._chunk(routes, chunk, logits, dq, add, dbias, dmix, dkv, dnode)
+        for chunk, opened in zip(parts, kept, strict=True):
+            self._chunk(routes, chunk, opened, dq, add, dbias, dmix, dkv, dnode)
         dkv = dkv.view(shape.batch, shape.key_heads, leaves, 2, block, width)
         covered = leaves * block
         dk = torch.zeros(
@@ -231,10 +231,10 @@ class _Far(NamedTuple):
         dnodes[:, :leaves, :, -1] += dnode[..., -1]
         return dk
 
-    def _chunk(self, routes, chunk, logits, dq, add, dbias, dmix, dkv, dnode) -> None:
+    def _chunk(self, routes, chunk, opened, dq, add, dbias, dmix, dkv, dnode) -> None:
         """The readers of one chunk of tokens: their dq, and what they add to every leaf."""
         shape, geometry, device = self.shape, self.geometry, self.q.device
-        order, items, first_item = leaf_items(routes, shape, geometry, chunk)
+        order, items, first_item, logits = opened
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)
         part_dscore, part_dmix = torch.empty(2, *lead, device=device)

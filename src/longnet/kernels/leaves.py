@@ -81,7 +81,7 @@ def leaf_backward(
     part, part_dscore, part_dmix, dkv, dnode, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_nodes, num_leaves, num_heads, num_key_heads, first_token, chunk, scale,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
-    TOP_K: tl.constexpr, PREC: tl.constexpr,
+    TOP_K: tl.constexpr, ACROSS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Of every work item the sums over its readers, dkv (items, 2, BLOCK, D) and dnode (items, D + 1) = dkbar, dH; of every
     place dq in part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in part_dscore, part_dmix (pairs, chunk, TOP_K, G).
@@ -131,22 +131,39 @@ def leaf_backward(
             to = place * G + g
             mass = tl.load(part_mass + to, ok, 0.0)
             sbar = tl.load(part_score + to, ok, 0.0)
-            weight = tl.exp2((1 - beta) * mass + beta * sbar - lse2)
-            s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E)
-            p = tl.exp2(s - mass[None, :])
-            dv = tl.dot((p * weight[None, :]).to(do.dtype), do, dv, input_precision=PREC)
-            dp = tl.dot(vt, tl.trans(do), input_precision=PREC)
-            mean = tl.sum(p * dp, 0)
-            dw = weight * (mean - dl)
+            w2 = mass + beta * (sbar - mass) - lse2
+            weight = tl.exp2(w2)
+            if ACROSS:
+                s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E)
+                # W P of every token, and its sum with dP: W times the mean. A weight of 0 has P = 0 too.
+                p = tl.exp2(s + (w2 - mass)[None, :])
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
+                dp = tl.dot(vt, tl.trans(do), input_precision=PREC)
+                mean = tl.sum(p * dp, 0)
+                dw = mean - weight * dl
+                mean = beta * mean / tl.maximum(weight, 1e-30) + (1 - beta) * dl
+                dx = (p * (dp - mean[None, :])).to(qt.dtype)
+                dk = tl.dot(dx, qt, dk, input_precision=PREC)
+            else:
+                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+                p = tl.exp2(s + (w2 - mass)[:, None])
+                dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
+                dp = tl.dot(do, tl.trans(vt), input_precision=PREC)
+                mean = tl.sum(p * dp, 1)
+                dw = mean - weight * dl
+                mean = beta * mean / tl.maximum(weight, 1e-30) + (1 - beta) * dl
+                dx = (p * (dp - mean[:, None])).to(qt.dtype)
+                dk = tl.dot(tl.trans(dx), qt, dk, input_precision=PREC)
             dsbar = beta * dw
-            rest = dw - dsbar - weight * mean
-            dx = (p * (weight[None, :] * dp + rest[None, :])).to(qt.dtype)
-            dk = tl.dot(dx, qt, dk, input_precision=PREC)
             dh += dsbar
             ds = tl.where(first, dsbar[:, None], 0.0).to(qt.dtype)
             dkb = tl.dot(tl.trans(qt), ds, dkb, input_precision=PREC)
-            dq = tl.dot(tl.trans(dx), kt, input_precision=PREC)
-            dq = tl.dot(ds, kb, dq, input_precision=PREC) * scale
+            if ACROSS:
+                dq = tl.dot(tl.trans(kt), dx, input_precision=PREC)
+                dq = tl.trans(tl.dot(tl.trans(kb), tl.trans(ds), dq, input_precision=PREC)) * scale
+            else:
+                dq = tl.dot(dx, kt, input_precision=PREC)
+                dq = tl.dot(ds, kb, dq, input_precision=PREC) * scale
             tl.store(part + to[:, None] * D + d[None, :], dq.to(part.dtype.element_ty), row_ok)
             tl.store(part_dscore + to, dsbar, ok)
             tl.store(part_dmix + to, dw * (sbar - mass) * 0.6931471805599453, ok)
