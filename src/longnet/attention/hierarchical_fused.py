@@ -14,6 +14,7 @@ from longnet.attention.far_work import (
     Tables,
     chunks,
     cover_constants,
+    cover_grid,
     cover_tile,
     empty_routes,
     far_tile,
@@ -68,7 +69,7 @@ class _Attend(torch.autograd.Function):
         routes = Routes(*opened) if opened else None
         kept = [Leaves(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
         dout = torch.zeros_like(tensors[-2]) if dout is None else dout
-        return *backward(dout, dlse, *tensors, routes, kept, ctx.geometry, ctx.scale), None, None
+        return *backward(dout, dlse, *tensors, routes, kept, ctx.geometry, ctx.scale, ctx.needs_input_grad[8]), None, None
 
 
 # What the forward pass saves: its ten tensors, out and lse; what was opened; `Leaves` of every chunk.
@@ -97,18 +98,19 @@ def forward(
     """
     allocate_descriptors()
     shape = shape_of(q, k)
+    joint = q_local is None
     q_local = q if q_local is None else q_local
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "forward")
-    grid = (-(-shape.tokens // geometry.block), shape.heads // tile["HG"], shape.batch)
     offsets = offsets_of(geometry, q.device)
     opening = geometry.top_k > 0 and geometry.sizes[0] > 0
-    sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
-    cover.cover_forward[grid](
+    counts = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads)
+    sizes = (*counts, geometry.levels, scale)
+    cover.cover_forward[cover_grid(shape, geometry, tile)](
         q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
-        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
-        BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *counts, scale,
+        LISTS=not opening, JOINT=joint, **tile,
     )  # fmt: skip
     if not opening:
         return out, lse, None, []

@@ -19,10 +19,11 @@ from longnet.attention.far_work import (
     Shape,
     Tables,
     chunks,
+    cover_grid,
     cover_tile,
+    epochs_of,
     far_tile,
     leaf_tile,
-    listed_items,
     node_tile,
     offsets_of,
     shape_of,
@@ -52,6 +53,7 @@ def backward(
     kept: Sequence[Leaves],
     geometry: Geometry,
     scale: float,
+    bias_wanted: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order.
 
@@ -60,27 +62,29 @@ def backward(
     allocate_descriptors()
     shape = shape_of(q, k)
     dout = aligned(dout.contiguous())
-    delta = cover.row_dot(dout, out, dlse)
+    delta = torch.empty_like(lse)
     offsets = offsets_of(geometry, q.device)
-    sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
+    counts = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads)
     opening, joint = routes is not None, q_local is None
     q_local = q if q_local is None else q_local
     dq_local = _like(q)
     # Queries without a far context are left out by the kernels of what was opened.
     dq = dq_local if joint else torch.zeros_like(dq_local) if opening else _like(q)
-    dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
-    dmix = torch.zeros(shape.batch, shape.tokens, shape.heads, device=q.device)
+    biased = opening or bias_wanted
+    dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device) if biased else None
     tile = cover_tile(shape, geometry, q.dtype, "dq")
-    blocks = -(-shape.tokens // geometry.block)
-    cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
-        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
-        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
-        BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening,
-        JOINT=joint and not opening, **tile,
+    cover.cover_dq[cover_grid(shape, geometry, tile)](
+        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, out,
+        lse, lse if dlse is None else dlse.contiguous(), delta, dq_local, dq, delta if dbias is None else dbias,
+        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *counts, scale,
+        LISTS=not opening, JOINT=joint, BIAS=biased, DLSE=dlse is not None,
+        COLUMNS=max(16, triton.next_power_of_2(geometry.levels)), **tile,
     )  # fmt: skip
-    dk_local, dv = _like(k), torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
+    # What opened leaves add comes in fp32.
+    dk_local, dv = _like(k), torch.empty(v.shape, dtype=torch.float32 if opening else v.dtype, device=v.device)
     tile = cover_tile(shape, geometry, q.dtype, "dkv")
-    cover.window_dkv[(blocks, shape.key_heads, shape.batch)](
+    blocks = -(-shape.tokens // geometry.block)
+    cover.window_dkv[(blocks * shape.key_heads, shape.batch)](
         q_local, k_local, v, dout, lse, delta, dk_local, dv,
         *strides(q_local), *strides(k_local), *strides(v), shape.tokens, shape.heads, shape.key_heads, scale, **tile,
     )  # fmt: skip
@@ -103,6 +107,7 @@ def backward(
     )
     dk = None
     dnodes = far.listed(routes)
+    dmix = torch.zeros(shape.batch, shape.tokens if opening else 1, shape.heads, device=q.device)
     if routes is not None:
         for level in range(geometry.levels - 1):
             far.children(routes, level, dnodes)
@@ -110,7 +115,8 @@ def backward(
     dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
     return (
         dq, dk, dv.to(v.dtype), None if joint else dq_local, dk_local,
-        dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0], dbias.sum((0, 1)), dmix.sum((0, 1)),
+        dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0],
+        None if dbias is None else dbias.sum((0, 1)), dmix.sum((0, 1)),
     )  # fmt: skip
 
 
@@ -139,15 +145,27 @@ class _Far(NamedTuple):
 
     def listed(self, routes: Routes | None) -> Tensor:
         """Gradients of all nodes from the queries that list them: (B, nodes, K, 2 D + 1) fp32."""
-        shape, geometry = self.shape, self.geometry
-        result = torch.zeros(
-            shape.batch, self.kbar.shape[1], shape.key_heads, 2 * shape.width + 1, device=self.q.device
-        )
-        for level in range(geometry.levels):
-            items, first_item, bounds = listed_items(geometry, shape, level, self.q.device)
-            if len(items):
-                lists = (bounds, None if routes is None else routes.base_bits)
-                self._add_nodes(result, level, items, first_item, lists=lists)
+        shape, geometry, device = self.shape, self.geometry, self.q.device
+        nodes, width = self.kbar.shape[1], 2 * shape.width + 1
+        result = torch.empty(shape.batch, nodes, shape.key_heads, width, device=device)
+        if not nodes:
+            return result
+        tile = node_tile(shape, geometry, self.q, opened=False)
+        epochs, parts = epochs_of(geometry, shape.tokens, device), geometry.radix // tile["BLOCKS"]
+        partial = torch.empty(shape.pairs, epochs.count * parts, epochs.columns, width, device=device)
+        if epochs.count:
+            opened_backward.listed_dkv[
+                (epochs.count * parts, triton.cdiv(epochs.columns, tile["NODES"]), shape.pairs)
+            ](
+                self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets,
+                self.offsets if routes is None else routes.base_bits, self.dout, self.lse, self.delta, partial,
+                *strides(self.q), shape.tokens, nodes, shape.heads, shape.key_heads, epochs.columns, self.scale,
+                MASKED=routes is not None, **tile,
+            )  # fmt: skip
+        opened_backward.sum_listed[(nodes, shape.pairs, triton.cdiv(width, 64))](
+            partial, epochs.readers, epochs.places, result, epochs.count * parts, parts, epochs.columns, nodes,
+            shape.key_heads, geometry.levels, width, BT=16, BW=64, num_warps=4,
+        )  # fmt: skip
         return result
 
     def children(self, routes: Routes, level: int, result: Tensor) -> None:
@@ -169,7 +187,7 @@ class _Far(NamedTuple):
         order, items, first_item = sorted_items(family, families, max(READERS, entries // 4096))
         pair = torch.where(items[:, 0] >= 0, items[:, 0] // families, -1)
         items = torch.stack((pair, items[:, 0] % families, items[:, 1], items[:, 2]), 1)
-        self._add_nodes(result, level, items, first_item, readers=(words, order))
+        self._add_nodes(result, level, items, first_item, words, order)
 
     def _add_nodes(
         self,
@@ -177,21 +195,18 @@ class _Far(NamedTuple):
         level: int,
         items: Tensor,
         first_item: Tensor,
-        lists: tuple[Tensor, Tensor | None] | None = None,
-        readers: tuple[Tensor, Tensor] | None = None,
+        words: Tensor,
+        order: Tensor,
     ) -> None:
-        """Sum over the tokens that list nodes, without those they opened, or over the entries in `readers`."""
+        """Sum over the entries in `order`."""
         shape, geometry = self.shape, self.geometry
         width = COLUMNS * (2 * shape.width + 1)
         partial = torch.empty(len(items), width, device=self.q.device)
-        nothing = self.offsets
-        bounds, base_bits = lists or (nothing, None)
         opened_backward.node_dkv[(len(items),)](
-            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets,
-            bounds, nothing if base_bits is None else base_bits, *(readers or (nothing, nothing)), items,
+            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, words, order, items,
             self.dout, self.lse, self.delta, partial, *strides(self.q),
             shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
-            LISTED=readers is None, MASKED=base_bits is not None, **node_tile(shape, geometry, self.q),
+            **node_tile(shape, geometry, self.q, opened=True),
         )  # fmt: skip
         total = torch.empty(len(first_item) - 1, width, device=self.q.device)
         _sum(partial, first_item, total)

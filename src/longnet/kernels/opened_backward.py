@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.kernels.cover import list_of_level
+from longnet.kernels.cover import list_of_level, listed_count, listed_nodes
 from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
@@ -129,18 +129,16 @@ def gather_children(
 
 @triton.jit
 def node_dkv(
-    q, kbar, vbar, entropy, level_bias, offsets, bounds, base_bits, words, readers, items, dout, lse, delta, partial,
+    q, kbar, vbar, entropy, level_bias, offsets, words, readers, items, dout, lse, delta, partial,
     sqb, sqn, sqh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, level, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    BEAM: tl.constexpr, BM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, PREC: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr, BM: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Per work item, the gradients of COLUMNS neighbouring summaries over some readers: partial (items, COLUMNS, 2 D + 1).
 
-    items (., 4) int64: pair of sequence and key head (-1: none), number of the family, first and last reader. LISTED: readers
-    are the tokens first .. last - 1, which list some of the nodes; MASKED: without those they opened. Else the readers are
-    entries of `gather_children`, in the order of `readers`. bounds (blocks, 2): the lists
-    of the level, [lo, hi) for the queries of every block.
+    items (., 4) int64: pair of sequence and key head (-1: none), number of the family, first and last reader. The readers are
+    entries of `gather_children`, in the order of `readers`.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     item = tl.program_id(0).to(tl.int64)
@@ -168,21 +166,12 @@ def node_dkv(
             ok = r0 + row < count
             at_reader = begin + (r0 + row) // G
             # Nodes are the rows of the products: their gradients take P and dS from registers.
-            if LISTED:
-                token = at_reader
-                lo = tl.load(bounds + token // BLOCK * 2, ok, 0)
-                hi = tl.load(bounds + token // BLOCK * 2 + 1, ok, 0)
-                keep = (node[:, None] >= lo[None, :]) & (node[:, None] < hi[None, :])
-                if MASKED:
-                    bits = tl.load(base_bits + (pair * num_tokens + token) * levels + level, ok, 0)
-                    keep = keep & (((bits[None, :] >> ((node[:, None] - lo[None, :]) & 31)) & 1) == 0)
-            else:
-                entry = tl.load(readers + at_reader, ok, 0)
-                token = entry // BEAM - pair * num_tokens
-                word = tl.load(words + entry, ok, 0)
-                low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
-                word = tl.where((c < 32)[:, None], low[None, :], high[None, :])
-                keep = ((word >> (c & 31)[:, None]) & 1) != 0
+            entry = tl.load(readers + at_reader, ok, 0)
+            token = entry // BEAM - pair * num_tokens
+            word = tl.load(words + entry, ok, 0)
+            low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
+            word = tl.where((c < 32)[:, None], low[None, :], high[None, :])
+            keep = ((word >> (c & 31)[:, None]) & 1) != 0
             head = kh * G + (r0 + row) % G
             row_ok = ok[:, None] & (d < D)[None, :]
             qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
@@ -206,6 +195,107 @@ def node_dkv(
         tl.store(at, dk * scale, mask)
         tl.store(at + D, dv, mask)
         tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
+def listed_dkv(
+    q, kbar, vbar, entropy, level_bias, offsets, base_bits, dout, lse, delta, partial,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, columns, scale,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
+    NODES: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
+    MASKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of NODES listed summaries over the tokens of BLOCKS blocks: partial (pairs, epochs, RADIX / BLOCKS, columns,
+    2 D + 1).
+
+    An epoch is RADIX blocks whose far boundaries have the same parent: their lists differ by the end of the finest one only, so
+    the lists of all levels fit into one or two products. MASKED: without what a token opened.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    parts: tl.constexpr = RADIX // BLOCKS
+    item = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * NODES
+    pair = tl.program_id(2).to(tl.int64)
+    epoch = (item // parts).to(tl.int32)
+    b = pair // num_key_heads
+    kh = pair % num_key_heads
+    first = tl.minimum(epoch * RADIX + RADIX - 1, tl.cdiv(num_tokens, BLOCK) - WINDOW)
+    if begin < listed_count(first, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD):
+        c = begin + tl.arange(0, NODES)
+        node, level, place = listed_nodes(c, first, offsets, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+        c_ok = c < listed_count(first, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+        d = tl.arange(0, BD)
+        node_row = (b * num_nodes + node) * num_key_heads + kh
+        kt = load_rows(kbar, node_row, c_ok, D, d, D)
+        vt = load_rows(vbar, node_row, c_ok, D, d, D)
+        h = tl.load(entropy + node_row, c_ok, float("-inf")) * LOG2E
+        # Leaves count from 0, so a token lists those before its far boundary; of coarser levels every one here.
+        leaf = tl.where(level > 0, -1, node)
+        dk = tl.zeros((NODES, BD), tl.float32)
+        dv = tl.zeros((NODES, BD), tl.float32)
+        dh = tl.zeros((NODES,), tl.float32)
+        row = tl.arange(0, BM)
+        token0 = ((epoch * RADIX + WINDOW - 1) + (item % parts).to(tl.int32) * BLOCKS) * BLOCK
+        count = tl.minimum(BLOCKS * BLOCK, num_tokens - token0) * G
+        for r0 in tl.range(0, count, BM):
+            ok = r0 + row < count
+            token = token0 + (r0 + row) // G
+            head = kh * G + (r0 + row) % G
+            keep = leaf[:, None] <= (token // BLOCK - WINDOW)[None, :]
+            at_lse = (b * num_heads + head) * num_tokens + token
+            # Rows beyond the readers, and nodes beyond the lists: exp2(-inf) is 0.
+            lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
+            dl = tl.load(delta + at_lse, ok, 0.0)
+            addend = h[:, None] - lse2[None, :]
+            for at in tl.static_range(LEVELS):
+                bias = tl.load(level_bias + head * LEVELS + at, ok, 0.0) * LOG2E
+                addend += tl.where((level == at)[:, None], bias[None, :], 0.0)
+                if MASKED:
+                    bits = tl.load(base_bits + (pair * num_tokens + token) * LEVELS + at, ok, 0)
+                    opened = (bits[None, :] >> (place & 31)[:, None]) & 1
+                    keep = keep & ((opened == 0) | (level != at)[:, None])
+            row_ok = ok[:, None] & (d < D)[None, :]
+            at_row = token.to(tl.int64)[:, None]
+            qt = tl.load(q + b * sqb + at_row * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
+            at_out = ((b * num_tokens + at_row) * num_heads + head[:, None]) * D + d[None, :]
+            do = tl.load(dout + at_out, row_ok, 0.0)
+            s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E) + addend
+            p = tl.where(keep, tl.exp2(s), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
+            ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
+            dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PREC)
+            dh += tl.sum(ds, 1)
+        at_node = ((pair * (tl.num_programs(0)) + item) * columns + c) * (2 * D + 1)
+        mask = (d < D)[None, :] & c_ok[:, None]
+        tl.store(partial + at_node[:, None] + d[None, :], dk * scale, mask)
+        tl.store(partial + at_node[:, None] + D + d[None, :], dv, mask)
+        tl.store(partial + at_node + 2 * D, dh, c_ok)
+
+
+@triton.jit
+def sum_listed(
+    partial, readers, places, out, items, parts, columns, num_nodes, num_key_heads, levels, width,
+    BT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """out (B, nodes, K, width): for every node the sum over the epochs that list it, in their order; no atomics.
+
+    readers (nodes, 3): first and last epoch, level. places (epochs, levels): what leads from a node to its column.
+    """
+    node = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(2) * BW + tl.arange(0, BW)
+    begin = tl.load(readers + node * 3) * parts
+    end = tl.load(readers + node * 3 + 1) * parts
+    level = tl.load(readers + node * 3 + 2)
+    total = tl.zeros((BW,), tl.float32)
+    for t0 in tl.range(begin, end, BT):
+        t = t0 + tl.arange(0, BT)
+        column = node + tl.load(places + t // parts * levels + level, t < end, 0)
+        row = (pair * items + t) * columns + column
+        mask = (t < end)[:, None] & (at < width)[None, :]
+        total += tl.sum(tl.load(partial + row[:, None] * width + at[None, :], mask, 0.0), 0)
+    to = ((pair // num_key_heads * num_nodes + node) * num_key_heads + pair % num_key_heads) * width
+    tl.store(out + to + at, total, at < width)
 
 
 @triton.jit
