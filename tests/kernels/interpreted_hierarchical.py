@@ -15,6 +15,8 @@ CASES = {
     "summaries": (HierarchicalPattern(16, 4, 2, 1, None, 0), 117, 2, 2, 16, 1.0),
     # without rotary: the same queries near and far
     "joint": (HierarchicalPattern(16, 4, 1, 0, None, 0), 69, 2, 1, 16, 1.0),
+    # blocks whose lse a tensor descriptor can address; pairs of blocks, the first pair cut off by the sequence's begin
+    "aligned": (HierarchicalPattern(16, 4, 2, 1, None, 0), 236, 3, 1, 24, 1.0),
     "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 4, 2, 24, 0.3),
     # two families of nodes, and several items for most of them
     "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 117, 2, 1, 16, 0.0),

@@ -107,7 +107,6 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def tile_of(shape: Shape, dtype: torch.dtype) -> dict:
     return {
-        "G": shape.group,
         "D": shape.width,
         "BD": max(16, triton.next_power_of_2(shape.width)),
         "PREC": "ieee" if dtype == torch.float32 else "tf32",
@@ -127,25 +126,27 @@ HEADS_FIRST = {"forward": True, "dq": True, "dkv": True}
 LISTED_NODES = 64
 # Loops of their own for tiles that need masks; rows of queries by tensor descriptors.
 SPLIT = {"forward": True, "dq": True, "dkv": True}
-DKV_TMA = False
+DKV_TMA = True
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
     units, keys, warps, stages, registers = COVER_TILES[kernel][geometry.block > 64]
-    heads = math.gcd(units, shape.group)
     tile = tile_of(shape, dtype) | {
-        "HG": heads,
         "BLOCK": geometry.block,
         "WINDOW": geometry.window,
+        "SPLIT": SPLIT[kernel],
         "HEADS_FIRST": HEADS_FIRST[kernel],
         "num_warps": warps,
         "num_stages": stages if dtype != torch.float32 else 1,
         "maxnreg": registers,
     }
     if kernel == "dkv":
-        return tile | {"SPLIT": SPLIT["dkv"], "TMA": DKV_TMA}
+        return tile | {"TMA": by_descriptor(shape)}
+    heads = math.gcd(units, shape.group)
     blocks = min(units // heads, geometry.radix)
     return tile | {
+        "G": shape.group,
+        "HG": heads,
         "QB": blocks,
         "SPLIT": SPLIT[kernel] or blocks > 1,
         "BK": keys if blocks == 1 else min(keys, geometry.block),
@@ -154,6 +155,11 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
         "GUARD": geometry.guard,
         "LEVELS": geometry.levels,
     }
+
+
+def by_descriptor(shape: Shape) -> bool:
+    """Whether a descriptor can address the blocks of lse: each begins on 16 bytes, coordinates have 31 bits."""
+    return DKV_TMA and shape.tokens % 4 == 0 and shape.batch * shape.heads * shape.tokens < 2**31
 
 
 def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
@@ -173,6 +179,7 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
     """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
     columns, warps, stages, registers = FAR_TILES[kernel]
     return tile_of(shape, dtype) | {
+        "G": shape.group,
         "GP": triton.next_power_of_2(shape.group),
         "T": tokens_per_tile(shape.group),
         "BC": columns if dtype != torch.float32 else 16,
@@ -202,24 +209,37 @@ def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     return tile
 
 
-# (rows, warps, stages) of the kernel over the readers of COLUMNS nodes.
+# (rows, warps, stages) of the kernel over the readers of COLUMNS nodes; (warps, stages) of the one over epochs, by blocks up to
+# 64 and wider ones.
 NODE_TILE = (64, 4, 2)
+EPOCH_TILE = ((4, 2), (8, 2))
 
 
-def node_tile(shape: Shape, geometry: Geometry, q: Tensor, opened: bool) -> dict:
+def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:
     rows, warps, stages = NODE_TILE
     if q.dtype == torch.float32:
         rows, stages = 32, 1
     elif q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
         # For sm_80 the assembler gives up on two stages: 32 registers, everything else spilled.
         stages = 1
-    tile = tile_of(shape, q.dtype) | {"BM": rows, "num_warps": warps, "num_stages": stages}
-    if opened:
-        return tile | {"COLUMNS": COLUMNS, "BEAM": geometry.beam}
+    return tile_of(shape, q.dtype) | {
+        "G": shape.group, "COLUMNS": COLUMNS, "BEAM": geometry.beam, "BM": rows, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def epoch_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+    warps, stages = EPOCH_TILE[geometry.block > 64]
     # Blocks whose tokens one program reads: a power of two.
     blocks = min(geometry.radix, max(1, 4 * READERS // (shape.group * geometry.block)))
-    blocks = 1 << (blocks.bit_length() - 1)
-    return tile | {"NODES": COLUMNS, "BLOCKS": blocks, "LEVELS": geometry.levels, **cover_constants(geometry)}
+    return tile_of(shape, dtype) | {
+        "NODES": COLUMNS,
+        "BLOCKS": 1 << (blocks.bit_length() - 1),
+        "LEVELS": geometry.levels,
+        "TMA": by_descriptor(shape),
+        "num_warps": warps,
+        "num_stages": stages if dtype != torch.float32 else 1,
+        **cover_constants(geometry),
+    }
 
 
 def cover_constants(geometry: Geometry) -> dict:

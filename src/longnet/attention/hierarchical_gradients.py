@@ -21,6 +21,7 @@ from longnet.attention.far_work import (
     chunks,
     cover_grid,
     cover_tile,
+    epoch_tile,
     epochs_of,
     far_tile,
     leaf_tile,
@@ -150,7 +151,7 @@ class _Far(NamedTuple):
         result = torch.empty(shape.batch, nodes, shape.key_heads, width, device=device)
         if not nodes:
             return result
-        tile = node_tile(shape, geometry, self.q, opened=False)
+        tile = epoch_tile(shape, geometry, self.q.dtype)
         epochs, parts = epochs_of(geometry, shape.tokens, device), geometry.radix // tile["BLOCKS"]
         partial = torch.empty(shape.pairs, epochs.count * parts, epochs.columns, width, device=device)
         if epochs.count:
@@ -206,7 +207,7 @@ class _Far(NamedTuple):
             self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, words, order, items,
             self.dout, self.lse, self.delta, partial, *strides(self.q),
             shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, level, self.scale,
-            **node_tile(shape, geometry, self.q, opened=True),
+            **node_tile(shape, geometry, self.q),
         )  # fmt: skip
         total = torch.empty(len(first_item) - 1, width, device=self.q.device)
         _sum(partial, first_item, total)

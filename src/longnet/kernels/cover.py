@@ -108,11 +108,12 @@ def _far_tile(
     d = tl.arange(0, BD)
     ok = c < count
     node, level, _ = listed_nodes(c, first + QB - 1, offsets, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
-    at = base + node.to(tl.int64) * num_key_heads
+    # 32 bits: nodes are too few to need more, and addresses cost registers.
+    at = node * num_key_heads
     mask = ok[:, None] & (d < D)[None, :]
-    k_far = tl.load(kbar + at[:, None] * D + d[None, :], mask, 0.0)
-    v_far = tl.load(vbar + at[:, None] * D + d[None, :], mask, 0.0)
-    h = tl.load(entropy + at, ok, 0.0)
+    k_far = tl.load(kbar + base * D + (at[:, None] * D + d[None, :]), mask, 0.0)
+    v_far = tl.load(vbar + base * D + (at[:, None] * D + d[None, :]), mask, 0.0)
+    h = tl.load(entropy + base + at, ok, 0.0)
     addend = tl.full((HG * QB * BLOCK, BN), float("-inf"), tl.float32)
     for part in tl.static_range(HG * QB):
         bias = tl.load(level_bias + (head + part // QB) * LEVELS + level, ok, 0.0)
@@ -295,32 +296,54 @@ def cover_dq(
 
 
 @triton.jit
-def _dkv_step(
-    i, head, kt, vt, dk_acc, dv_acc, q_local, dout, lse, delta, q_rows, do_rows, b, at_key, row, d,
-    sqb, sqn, sqh, num_tokens, num_heads, scale2,
-    HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
-    PREC: tl.constexpr,
+def rows_by_head(x, tokens, heads, sn, sh, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """Descriptor of ROWS tokens of one of all heads."""
+    return tl.make_tensor_descriptor(x, [heads, tokens, D], [sh, sn, 1], [1, ROWS, BD])
+
+
+@triton.jit
+def row_scalars(x, rows, ROWS: tl.constexpr):
+    return tl.make_tensor_descriptor(x, [rows], [1], [ROWS])
+
+
+@triton.jit
+def query_tile(
+    q, dout, lse, delta, i, head, b, sqb, sqn, sqh, num_tokens, num_heads,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    token = i * BLOCK + row % BLOCK
-    heads = head + row // BLOCK
-    at_row = token.to(tl.int64)
-    token_ok = token < num_tokens
+    """TMA: the first four are `rows_by_head` and `row_scalars`. Of block i and one head: q, dout, lse in log 2 (inf beyond the sequence, where the weight then is 0), delta."""
+    token = i * BLOCK + tl.arange(0, BLOCK)
+    ok = token < num_tokens
     if TMA:
-        qt = q_rows.load([head, i * BLOCK, 0]).reshape(HG * BLOCK, BD)
-        do = do_rows.load([head, i * BLOCK, 0]).reshape(HG * BLOCK, BD)
+        qt = q.load([head, i * BLOCK, 0]).reshape(BLOCK, BD)
+        do = dout.load([head, i * BLOCK, 0]).reshape(BLOCK, BD)
+        at = ((b * num_heads + head) * num_tokens + i * BLOCK).to(tl.int32)
+        lse2 = tl.where(ok, lse.load([at]) * 1.4426950408889634, float("inf"))
+        dl = delta.load([at])
     else:
-        row_ok = token_ok[:, None] & (d < D)[None, :]
-        qt = tl.load(
-            q_local + b * sqb + at_row[:, None] * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0
-        )
-        at_out = (b * num_tokens + at_row) * num_heads + heads
+        d = tl.arange(0, BD)
+        at_row = token.to(tl.int64)
+        row_ok = ok[:, None] & (d < D)[None, :]
+        qt = tl.load(q + b * sqb + at_row[:, None] * sqn + head * sqh + d[None, :], row_ok, 0.0)
+        at_out = (b * num_tokens + at_row) * num_heads + head
         do = tl.load(dout + at_out[:, None] * D + d[None, :], row_ok, 0.0)
-    at_lse = (b * num_heads + heads) * num_tokens + token
-    lse2 = tl.load(lse + at_lse, token_ok, float("inf")) * 1.4426950408889634
-    dl = tl.load(delta + at_lse, token_ok, 0.0)
+        at_lse = (b * num_heads + head) * num_tokens + token
+        lse2 = tl.load(lse + at_lse, ok, float("inf")) * 1.4426950408889634
+        dl = tl.load(delta + at_lse, ok, 0.0)
+    return qt, do, lse2, dl
+
+
+@triton.jit
+def _dkv_step(
+    i, head, kt, vt, dk_acc, dv_acc, q, dout, lse, delta, b, at_key, sqb, sqn, sqh, num_tokens, num_heads, scale2,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    qt, do, lse2, dl = query_tile(
+        q, dout, lse, delta, i, head, b, sqb, sqn, sqh, num_tokens, num_heads, D, BD, BLOCK, TMA
+    )
     p = tl.exp2(tl.dot(kt, tl.trans(qt), input_precision=PREC) * scale2 - lse2[None, :])
     if MASK:
-        p = tl.where(at_key[:, None] <= token[None, :], p, 0.0)
+        p = tl.where(at_key[:, None] <= (i * BLOCK + tl.arange(0, BLOCK))[None, :], p, 0.0)
     dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision=PREC)
     ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
     return tl.dot(ds.to(qt.dtype), qt, dk_acc, input_precision=PREC), dv_acc
@@ -331,8 +354,7 @@ def window_dkv(
     q_local, k_local, v, dout, lse, delta, dk, dv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_heads, num_key_heads, scale,
-    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the local keys and of the values: a program owns a key block and walks the query blocks that see it."""
     pid = tl.program_id(0)
@@ -348,34 +370,32 @@ def window_dkv(
     at_ok = (at < num_tokens)[:, None] & (d < D)[None, :]
     kt = tl.load(k_local + b * skb + at[:, None] * skn + kh * skh + d[None, :], at_ok, 0.0)
     vt = tl.load(v + b * svb + at[:, None] * svn + kh * svh + d[None, :], at_ok, 0.0)
-    row = tl.arange(0, BLOCK * HG)
     at_key = j * BLOCK + col
     scale2 = scale * 1.4426950408889634
     dk_acc = tl.zeros((BLOCK, BD), tl.float32)
     dv_acc = tl.zeros((BLOCK, BD), tl.float32)
     blocks = tl.minimum(WINDOW, tl.cdiv(num_tokens, BLOCK) - j)
-    parts = num_heads // num_key_heads // HG
-    q_rows = q_local
-    do_rows = dout
+    # Not the constant G: a loop of one step would be unrolled, and the products around it wait for each other then.
+    group = num_heads // num_key_heads
+    q_rows, do_rows, lse_rows, delta_rows = q_local, dout, lse, delta
     if TMA:
-        q_rows = tl.make_tensor_descriptor(
-            q_local + b * sqb, [num_heads, num_tokens, D], [sqh, sqn, 1], [HG, BLOCK, BD]
+        scalars = tl.num_programs(1) * num_heads * num_tokens
+        q_rows = rows_by_head(q_local + b * sqb, num_tokens, num_heads, sqn, sqh, D=D, BD=BD, ROWS=BLOCK)
+        do_rows = rows_by_head(
+            dout + b * num_tokens * num_heads * D, num_tokens, num_heads, num_heads * D, D, D=D, BD=BD, ROWS=BLOCK
         )
-        do_rows = tl.make_tensor_descriptor(
-            dout + b * num_tokens * num_heads * D, [num_heads, num_tokens, D], [D, num_heads * D, 1], [HG, BLOCK, BD]
-        )
-    for step in tl.range(0, parts if SPLIT else blocks * parts):
+        lse_rows = row_scalars(lse, scalars, ROWS=BLOCK)
+        delta_rows = row_scalars(delta, scalars, ROWS=BLOCK)
+    for step in tl.range(0, group if SPLIT else blocks * group):
         dk_acc, dv_acc = _dkv_step(
-            j + step // parts, kh * G + step % parts * HG, kt, vt, dk_acc, dv_acc, q_local, dout, lse, delta,
-            q_rows, do_rows, b, at_key, row, d, sqb, sqn, sqh, num_tokens, num_heads, scale2,
-            HG=HG, D=D, BD=BD, BLOCK=BLOCK, MASK=True, TMA=TMA, PREC=PREC,
+            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b, at_key,
+            sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=True, TMA=TMA, PREC=PREC,
         )  # fmt: skip
     if SPLIT:
-        for step in tl.range(parts, blocks * parts):
+        for step in tl.range(group, blocks * group):
             dk_acc, dv_acc = _dkv_step(
-                j + step // parts, kh * G + step % parts * HG, kt, vt, dk_acc, dv_acc, q_local, dout, lse, delta,
-                q_rows, do_rows, b, at_key, row, d, sqb, sqn, sqh, num_tokens, num_heads, scale2,
-                HG=HG, D=D, BD=BD, BLOCK=BLOCK, MASK=False, TMA=TMA, PREC=PREC,
+                j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b, at_key,
+                sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=False, TMA=TMA, PREC=PREC,
             )  # fmt: skip
     at_grad = ((b * num_tokens + at) * num_key_heads + kh)[:, None] * D + d[None, :]
     tl.store(dk + at_grad, (dk_acc * scale).to(dk.dtype.element_ty), at_ok)

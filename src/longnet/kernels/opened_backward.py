@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.kernels.cover import list_of_level, listed_count, listed_nodes
+from longnet.kernels.cover import list_of_level, listed_count, listed_nodes, query_tile, row_scalars, rows_by_head
 from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
@@ -201,8 +201,8 @@ def node_dkv(
 def listed_dkv(
     q, kbar, vbar, entropy, level_bias, offsets, base_bits, dout, lse, delta, partial,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, columns, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
-    NODES: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NODES: tl.constexpr,
+    TMA: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
     MASKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of NODES listed summaries over the tokens of BLOCKS blocks: partial (pairs, epochs, RADIX / BLOCKS, columns,
@@ -234,42 +234,45 @@ def listed_dkv(
         dk = tl.zeros((NODES, BD), tl.float32)
         dv = tl.zeros((NODES, BD), tl.float32)
         dh = tl.zeros((NODES,), tl.float32)
-        row = tl.arange(0, BM)
-        token0 = ((epoch * RADIX + WINDOW - 1) + (item % parts).to(tl.int32) * BLOCKS) * BLOCK
-        count = tl.minimum(BLOCKS * BLOCK, num_tokens - token0) * G
-        for r0 in tl.range(0, count, BM):
-            ok = r0 + row < count
-            token = token0 + (r0 + row) // G
-            head = kh * G + (r0 + row) % G
-            keep = leaf[:, None] <= (token // BLOCK - WINDOW)[None, :]
-            at_lse = (b * num_heads + head) * num_tokens + token
-            # Rows beyond the readers, and nodes beyond the lists: exp2(-inf) is 0.
-            lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
-            dl = tl.load(delta + at_lse, ok, 0.0)
-            addend = h[:, None] - lse2[None, :]
-            for at in tl.static_range(LEVELS):
-                bias = tl.load(level_bias + head * LEVELS + at, ok, 0.0) * LOG2E
-                addend += tl.where((level == at)[:, None], bias[None, :], 0.0)
-                if MASKED:
-                    bits = tl.load(base_bits + (pair * num_tokens + token) * LEVELS + at, ok, 0)
+        i0 = epoch * RADIX + WINDOW - 1 + (item % parts).to(tl.int32) * BLOCKS
+        group = num_heads // num_key_heads
+        steps = tl.minimum(BLOCKS, tl.cdiv(num_tokens, BLOCK) - i0) * group
+        q_rows, do_rows, lse_rows, delta_rows = q, dout, lse, delta
+        if TMA:
+            scalars = tl.num_programs(2) * group * num_tokens
+            q_rows = rows_by_head(q + b * sqb, num_tokens, num_heads, sqn, sqh, D=D, BD=BD, ROWS=BLOCK)
+            do_rows = rows_by_head(
+                dout + b * num_tokens * num_heads * D, num_tokens, num_heads, num_heads * D, D, D=D, BD=BD, ROWS=BLOCK
+            )
+            lse_rows = row_scalars(lse, scalars, ROWS=BLOCK)
+            delta_rows = row_scalars(delta, scalars, ROWS=BLOCK)
+        for step in tl.range(0, steps):
+            i = i0 + step // group
+            head = (kh * group).to(tl.int32) + step % group
+            qt, do, lse2, dl = query_tile(
+                q_rows, do_rows, lse_rows, delta_rows, i, head, b, sqb, sqn, sqh, num_tokens, num_heads, D, BD, BLOCK, TMA
+            )
+            addend = h + tl.load(level_bias + head * LEVELS + level, c_ok, 0.0) * LOG2E
+            addend = tl.where(leaf <= i - WINDOW, addend, float("-inf"))
+            s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E)
+            p = tl.exp2(s + (addend[:, None] - lse2[None, :]))
+            if MASKED:
+                token = i * BLOCK + tl.arange(0, BLOCK)
+                for at in tl.static_range(LEVELS):
+                    at_bits = (pair * num_tokens + token) * LEVELS + at
+                    bits = tl.load(base_bits + at_bits, token < num_tokens, 0)
                     opened = (bits[None, :] >> (place & 31)[:, None]) & 1
-                    keep = keep & ((opened == 0) | (level != at)[:, None])
-            row_ok = ok[:, None] & (d < D)[None, :]
-            at_row = token.to(tl.int64)[:, None]
-            qt = tl.load(q + b * sqb + at_row * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-            at_out = ((b * num_tokens + at_row) * num_heads + head[:, None]) * D + d[None, :]
-            do = tl.load(dout + at_out, row_ok, 0.0)
-            s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E) + addend
-            p = tl.where(keep, tl.exp2(s), 0.0)
+                    p = tl.where((opened != 0) & (level == at)[:, None], 0.0, p)
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
             ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
             dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PREC)
             dh += tl.sum(ds, 1)
-        at_node = ((pair * (tl.num_programs(0)) + item) * columns + c) * (2 * D + 1)
+        to = partial + (pair * tl.num_programs(0) + item) * columns * (2 * D + 1)
+        at_node = c * (2 * D + 1)
         mask = (d < D)[None, :] & c_ok[:, None]
-        tl.store(partial + at_node[:, None] + d[None, :], dk * scale, mask)
-        tl.store(partial + at_node[:, None] + D + d[None, :], dv, mask)
-        tl.store(partial + at_node + 2 * D, dh, c_ok)
+        tl.store(to + at_node[:, None] + d[None, :], dk * scale, mask)
+        tl.store(to + D + at_node[:, None] + d[None, :], dv, mask)
+        tl.store(to + 2 * D + at_node, dh, c_ok)
 
 
 @triton.jit
