@@ -26,7 +26,7 @@ from longnet.attention.far_work import (
 )
 from longnet.attention.fused import aligned, allocate_descriptors
 from longnet.attention.hierarchical_gradients import backward
-from longnet.attention.pyramid import Pyramid
+from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 from longnet.kernels import cover, leaves, opened_forward, routing
 from longnet.patterns import HierarchicalPattern
 
@@ -37,27 +37,35 @@ def attend(
     v: Tensor,
     q_local: Tensor,
     k_local: Tensor,
-    pyramid: Pyramid,
+    prior_query: Tensor | None,
+    lengths: Tensor | None,
     pattern: HierarchicalPattern,
     scale: float,
     level_bias: Tensor,
     router_mix: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all tensors."""
+    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all floating tensors."""
     geometry = Geometry.of(pattern, q.shape[1])
-    inputs = (q, k, v, None if q_local is q else q_local, k_local)
+    inputs = (q, k, v, None if q_local is q else q_local, None if k_local is k else k_local)
     inputs = (None if x is None else aligned(x) for x in inputs)
-    summaries = (pyramid.kbar.contiguous(), pyramid.vbar.contiguous(), pyramid.entropy.float().contiguous())
+    prior = None if prior_query is None else prior_query.contiguous()
+    lengths = None if lengths is None else lengths.to(q.device, torch.int64)
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
-    return _Attend.apply(*inputs, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
+    return _Attend.apply(*inputs, prior, lengths, *parameters, geometry, scale)  # type: ignore[return-value]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, geometry, scale = arguments
-        out, lse, routes, kept = forward(*tensors, geometry, scale, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(*tensors, out, lse, *(routes or ()), *(x for chunk in kept for x in chunk))
+    def forward(ctx, q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix, geometry, scale):
+        nodes = pool(k, v, prior, lengths, Tree(scale, geometry.block, geometry.radix, geometry.sizes))
+        kbar, vbar, _, entropy = nodes
+        out, lse, routes, kept = forward(
+            q, k, v, q_local, k if k_local is None else k_local, kbar, vbar, entropy, level_bias, router_mix,
+            geometry, scale, keep=any(ctx.needs_input_grad),
+        )  # fmt: skip
+        inputs = (q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix)
+        chunks = (x for chunk in kept for x in chunk)
+        ctx.save_for_backward(*inputs, *nodes, out, lse, *(routes or ()), *chunks)
         ctx.geometry, ctx.scale = geometry, scale
         ctx.set_materialize_grads(False)
         return out, lse
@@ -65,15 +73,29 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        tensors, opened, kept = (ctx.saved_tensors[part] for part in (_INPUTS, _ROUTES, _LEAVES))
+        inputs, nodes, results, opened, kept = (ctx.saved_tensors[part] for part in _SAVED)
+        q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix = inputs
+        geometry, scale = ctx.geometry, ctx.scale
         routes = Routes(*opened) if opened else None
         kept = [Leaves(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
-        dout = torch.zeros_like(tensors[-2]) if dout is None else dout
-        return *backward(dout, dlse, *tensors, routes, kept, ctx.geometry, ctx.scale, ctx.needs_input_grad[8]), None, None
+        dout = torch.zeros_like(results[0]) if dout is None else dout
+        kbar, vbar, mass, entropy = nodes
+        grads = backward(
+            dout, dlse, q, k, v, q_local, k if k_local is None else k_local, kbar, vbar, entropy, level_bias, router_mix,
+            *results, routes, kept, geometry, scale, ctx.needs_input_grad[7],
+        )  # fmt: skip
+        dq, dk, dv, dq_local, dk_local, dkbar, dvbar, dentropy, dbias, dmix = grads
+        if k_local is None:
+            # The same keys near and far.
+            dk, dk_local = dk_local if dk is None else dk.add_(dk_local), None
+        tree = Tree(scale, geometry.block, geometry.radix, geometry.sizes)
+        below = (dkbar, dvbar, torch.zeros_like(mass), dentropy)
+        dk, dv, dprior = pool_backward(k, v, prior, lengths, tree, nodes, below, dk, dv)
+        return dq, dk, dv, dq_local, dk_local, dprior, None, dbias, dmix, None, None
 
 
-# What the forward pass saves: its ten tensors, out and lse; what was opened; `Leaves` of every chunk.
-_INPUTS, _ROUTES, _LEAVES = slice(12), slice(12, 15), slice(15, None)
+# What the forward pass saves: its nine tensors; the nodes; out and lse; what was opened; `Leaves` of every chunk.
+_SAVED = (slice(9), slice(9, 13), slice(13, 15), slice(15, 18), slice(18, None))
 
 
 def forward(

@@ -56,7 +56,7 @@ def backward(
     scale: float,
     bias_wanted: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix, in this order.
+    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy (fp32), level_bias, router_mix, in this order.
 
     q_local None: q was read inside the window too; None is its gradient, and that of k where no token reached beyond summaries.
     """
@@ -72,7 +72,11 @@ def backward(
     # Queries without a far context are left out by the kernels of what was opened.
     dq = dq_local if joint else torch.zeros_like(dq_local) if opening else _like(q)
     biased = opening or bias_wanted
-    dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device) if biased else None
+    dbias = (
+        torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
+        if biased
+        else None
+    )
     tile = cover_tile(shape, geometry, q.dtype, "dq")
     cover.cover_dq[cover_grid(shape, geometry, tile)](
         q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, out,
@@ -82,7 +86,10 @@ def backward(
         COLUMNS=max(16, triton.next_power_of_2(geometry.levels)), **tile,
     )  # fmt: skip
     # What opened leaves add comes in fp32.
-    dk_local, dv = _like(k), torch.empty(v.shape, dtype=torch.float32 if opening else v.dtype, device=v.device)
+    dk_local, dv = (
+        _like(k),
+        torch.empty(v.shape, dtype=torch.float32 if opening else v.dtype, device=v.device),
+    )
     tile = cover_tile(shape, geometry, q.dtype, "dkv")
     blocks = -(-shape.tokens // geometry.block)
     cover.window_dkv[(blocks * shape.key_heads, shape.batch)](
@@ -107,22 +114,28 @@ def backward(
         delta,
     )
     dk = None
-    dnodes = far.listed(routes)
+    nodes = far.listed(routes)
     dmix = torch.zeros(shape.batch, shape.tokens if opening else 1, shape.heads, device=q.device)
     if routes is not None:
         for level in range(geometry.levels - 1):
-            far.children(routes, level, dnodes)
-        dk = far.opened(routes, kept, dq, joint, dbias, dmix, dv, dnodes)
-    dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
+            far.children(routes, level, nodes)
+        dk = far.opened(routes, kept, dq, joint, dbias, dmix, dv, nodes)
     return (
-        dq, dk, dv.to(v.dtype), None if joint else dq_local, dk_local,
-        dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0],
+        dq, dk, dv, None if joint else dq_local, dk_local, *nodes,
         None if dbias is None else dbias.sum((0, 1)), dmix.sum((0, 1)),
     )  # fmt: skip
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class Nodes(NamedTuple):
+    """Gradients of the summaries: (B, nodes, K, D) twice and (B, nodes, K), fp32."""
+
+    dkbar: Tensor
+    dvbar: Tensor
+    dentropy: Tensor
 
 
 class _Far(NamedTuple):
@@ -144,11 +157,12 @@ class _Far(NamedTuple):
     lse: Tensor
     delta: Tensor
 
-    def listed(self, routes: Routes | None) -> Tensor:
-        """Gradients of all nodes from the queries that list them: (B, nodes, K, 2 D + 1) fp32."""
+    def listed(self, routes: Routes | None) -> Nodes:
+        """Gradients of all nodes from the queries that list them."""
         shape, geometry, device = self.shape, self.geometry, self.q.device
         nodes, width = self.kbar.shape[1], 2 * shape.width + 1
-        result = torch.empty(shape.batch, nodes, shape.key_heads, width, device=device)
+        lead = (shape.batch, nodes, shape.key_heads)
+        result = Nodes(*torch.empty(2, *lead, shape.width, device=device), torch.empty(lead, device=device))
         if not nodes:
             return result
         tile = epoch_tile(shape, geometry, self.q.dtype)
@@ -164,12 +178,12 @@ class _Far(NamedTuple):
                 MASKED=routes is not None, **tile,
             )  # fmt: skip
         opened_backward.sum_listed[(nodes, shape.pairs, triton.cdiv(width, 64))](
-            partial, epochs.readers, epochs.places, result, epochs.count * parts, parts, epochs.columns, nodes,
-            shape.key_heads, geometry.levels, width, BT=16, BW=64, num_warps=4,
+            partial, epochs.readers, epochs.places, *result, epochs.count * parts, parts, epochs.columns, nodes,
+            shape.key_heads, geometry.levels, D=shape.width, BT=16, BW=64, num_warps=4,
         )  # fmt: skip
         return result
 
-    def children(self, routes: Routes, level: int, result: Tensor) -> None:
+    def children(self, routes: Routes, level: int, result: Nodes) -> None:
         """Add the gradients of the nodes at `level` from the tokens that opened their parent."""
         geometry = self.geometry
         families = -(-geometry.sizes[level] // COLUMNS)
@@ -192,7 +206,7 @@ class _Far(NamedTuple):
 
     def _add_nodes(
         self,
-        result: Tensor,
+        result: Nodes,
         level: int,
         items: Tensor,
         first_item: Tensor,
@@ -213,7 +227,9 @@ class _Far(NamedTuple):
         _sum(partial, first_item, total)
         total = total.view(shape.batch, shape.key_heads, -1, 2 * shape.width + 1)
         begin, size = geometry.offsets[level], geometry.sizes[level]
-        result[:, begin : begin + size] += total[:, :, :size].transpose(1, 2)
+        parts = total[:, :, :size].transpose(1, 2).split((shape.width, shape.width, 1), dim=-1)
+        for x, part in zip((result.dkbar, result.dvbar, result.dentropy[..., None]), parts, strict=True):
+            x[:, begin : begin + size] += part
 
     def opened(
         self,
@@ -224,7 +240,7 @@ class _Far(NamedTuple):
         dbias: Tensor,
         dmix: Tensor,
         dv: Tensor,
-        dnodes: Tensor,
+        dnodes: Nodes,
     ) -> Tensor:
         """Through opened leaves: returns dk, adds to dv and to the nodes. And the gradients of the far queries: into dbias,
         dmix and dq, there `add`ed to what it holds."""
@@ -243,8 +259,8 @@ class _Far(NamedTuple):
         dk[:, :covered] = dkv[:, :, :, 0].flatten(2, 3).transpose(1, 2).to(dk.dtype)
         dv[:, :covered] += dkv[:, :, :, 1].flatten(2, 3).transpose(1, 2)
         dnode = dnode.view(shape.batch, shape.key_heads, leaves, width + 1).transpose(1, 2)
-        dnodes[:, :leaves, :, :width] += dnode[..., :width]
-        dnodes[:, :leaves, :, -1] += dnode[..., -1]
+        dnodes.dkbar[:, :leaves] += dnode[..., :width]
+        dnodes.dentropy[:, :leaves] += dnode[..., -1]
         return dk
 
     def _chunk(self, routes, chunk, opened, dq, add, dbias, dmix, dkv, dnode) -> None:

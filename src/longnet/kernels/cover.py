@@ -82,7 +82,15 @@ def _place(
 
 @triton.jit
 def _window_tile(
-    t, own, low, diagonal, token, BLOCK: tl.constexpr, QB: tl.constexpr, WINDOW: tl.constexpr, BK: tl.constexpr
+    t,
+    own,
+    low,
+    diagonal,
+    token,
+    BLOCK: tl.constexpr,
+    QB: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """First key of the t-th tile that needs a mask, and the mask: from the program's own keys on, then from its oldest."""
     begin = diagonal + t * BK
@@ -141,7 +149,8 @@ def cover_forward(
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    LEVELS: tl.constexpr, SPLIT: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
+    LEVELS: tl.constexpr, SPLIT: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """out and lse (natural) of one softmax over the local window, BK keys at a time, and, if LISTS, all listed summaries, BN
     at a time. JOINT: q_local and q are the same."""
@@ -281,9 +290,7 @@ def cover_dq(
                 begin, first, count, base, kbar, vbar, entropy, level_bias, offsets, head, row, num_key_heads,
                 HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
             )  # fmt: skip
-            p_far = tl.exp2(
-                tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + (addend - lse2[:, None])
-            )
+            p_far = tl.exp2(tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + (addend - lse2[:, None]))
             ds_far = (p_far * (tl.dot(do, v_far.T, input_precision=PREC) - dl[:, None])).to(k_far.dtype)
             acc = tl.dot(ds_far, k_far, acc, input_precision=PREC)
             if BIAS:
@@ -311,7 +318,8 @@ def query_tile(
     q, dout, lse, delta, i, head, b, sqb, sqn, sqh, num_tokens, num_heads,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """TMA: the first four are `rows_by_head` and `row_scalars`. Of block i and one head: q, dout, lse in log 2 (inf beyond the sequence, where the weight then is 0), delta."""
+    """TMA: the first four are `rows_by_head` and `row_scalars`. Of block i and one head: q, dout,
+    lse in log 2 (inf beyond the sequence, where the weight then is 0), delta."""
     token = i * BLOCK + tl.arange(0, BLOCK)
     ok = token < num_tokens
     if TMA:
@@ -354,7 +362,8 @@ def window_dkv(
     q_local, k_local, v, dout, lse, delta, dk, dv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_heads, num_key_heads, scale,
-    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the local keys and of the values: a program owns a key block and walks the query blocks that see it."""
     pid = tl.program_id(0)
@@ -382,19 +391,28 @@ def window_dkv(
         scalars = tl.num_programs(1) * num_heads * num_tokens
         q_rows = rows_by_head(q_local + b * sqb, num_tokens, num_heads, sqn, sqh, D=D, BD=BD, ROWS=BLOCK)
         do_rows = rows_by_head(
-            dout + b * num_tokens * num_heads * D, num_tokens, num_heads, num_heads * D, D, D=D, BD=BD, ROWS=BLOCK
+            dout + b * num_tokens * num_heads * D,
+            num_tokens,
+            num_heads,
+            num_heads * D,
+            D,
+            D=D,
+            BD=BD,
+            ROWS=BLOCK,
         )
         lse_rows = row_scalars(lse, scalars, ROWS=BLOCK)
         delta_rows = row_scalars(delta, scalars, ROWS=BLOCK)
     for step in tl.range(0, group if SPLIT else blocks * group):
         dk_acc, dv_acc = _dkv_step(
-            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b, at_key,
+            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b,
+            at_key,
             sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=True, TMA=TMA, PREC=PREC,
         )  # fmt: skip
     if SPLIT:
         for step in tl.range(group, blocks * group):
             dk_acc, dv_acc = _dkv_step(
-                j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b, at_key,
+                j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b,
+                at_key,
                 sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=False, TMA=TMA, PREC=PREC,
             )  # fmt: skip
     at_grad = ((b * num_tokens + at) * num_key_heads + kh)[:, None] * D + d[None, :]

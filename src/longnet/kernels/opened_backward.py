@@ -11,7 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.kernels.cover import list_of_level, listed_count, listed_nodes, query_tile, row_scalars, rows_by_head
+from longnet.kernels.cover import (
+    list_of_level,
+    listed_count,
+    listed_nodes,
+    query_tile,
+    row_scalars,
+    rows_by_head,
+)
 from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
@@ -242,7 +249,14 @@ def listed_dkv(
             scalars = tl.num_programs(2) * group * num_tokens
             q_rows = rows_by_head(q + b * sqb, num_tokens, num_heads, sqn, sqh, D=D, BD=BD, ROWS=BLOCK)
             do_rows = rows_by_head(
-                dout + b * num_tokens * num_heads * D, num_tokens, num_heads, num_heads * D, D, D=D, BD=BD, ROWS=BLOCK
+                dout + b * num_tokens * num_heads * D,
+                num_tokens,
+                num_heads,
+                num_heads * D,
+                D,
+                D=D,
+                BD=BD,
+                ROWS=BLOCK,
             )
             lse_rows = row_scalars(lse, scalars, ROWS=BLOCK)
             delta_rows = row_scalars(delta, scalars, ROWS=BLOCK)
@@ -250,7 +264,22 @@ def listed_dkv(
             i = i0 + step // group
             head = (kh * group).to(tl.int32) + step % group
             qt, do, lse2, dl = query_tile(
-                q_rows, do_rows, lse_rows, delta_rows, i, head, b, sqb, sqn, sqh, num_tokens, num_heads, D, BD, BLOCK, TMA
+                q_rows,
+                do_rows,
+                lse_rows,
+                delta_rows,
+                i,
+                head,
+                b,
+                sqb,
+                sqn,
+                sqh,
+                num_tokens,
+                num_heads,
+                D,
+                BD,
+                BLOCK,
+                TMA,
             )
             addend = h + tl.load(level_bias + head * LEVELS + level, c_ok, 0.0) * LOG2E
             addend = tl.where(leaf <= i - WINDOW, addend, float("-inf"))
@@ -277,10 +306,11 @@ def listed_dkv(
 
 @triton.jit
 def sum_listed(
-    partial, readers, places, out, items, parts, columns, num_nodes, num_key_heads, levels, width,
-    BT: tl.constexpr, BW: tl.constexpr,
+    partial, readers, places, dkbar, dvbar, dentropy, items, parts, columns, num_nodes, num_key_heads, levels,
+    D: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """out (B, nodes, K, width): for every node the sum over the epochs that list it, in their order; no atomics.
+    """dkbar, dvbar (B, nodes, K, D), dentropy (B, nodes, K), fp32: for every node the sum over the epochs that list it, in
+    their order; no atomics.
 
     readers (nodes, 3): first and last epoch, level. places (epochs, levels): what leads from a node to its column.
     """
@@ -295,10 +325,12 @@ def sum_listed(
         t = t0 + tl.arange(0, BT)
         column = node + tl.load(places + t // parts * levels + level, t < end, 0)
         row = (pair * items + t) * columns + column
-        mask = (t < end)[:, None] & (at < width)[None, :]
-        total += tl.sum(tl.load(partial + row[:, None] * width + at[None, :], mask, 0.0), 0)
-    to = ((pair // num_key_heads * num_nodes + node) * num_key_heads + pair % num_key_heads) * width
-    tl.store(out + to + at, total, at < width)
+        mask = (t < end)[:, None] & (at <= 2 * D)[None, :]
+        total += tl.sum(tl.load(partial + row[:, None] * (2 * D + 1) + at[None, :], mask, 0.0), 0)
+    to = (pair // num_key_heads * num_nodes + node) * num_key_heads + pair % num_key_heads
+    tl.store(dkbar + to * D + at, total, at < D)
+    tl.store(dvbar + to * D + at - D, total, (at >= D) & (at < 2 * D))
+    tl.store(dentropy + to + at - 2 * D, total, at == 2 * D)
 
 
 @triton.jit
