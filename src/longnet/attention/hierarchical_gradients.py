@@ -32,7 +32,7 @@ from longnet.attention.far_work import (
     strides,
 )
 from longnet.attention.fused import aligned, allocate_descriptors
-from longnet.kernels import cover, leaves, opened_backward
+from longnet.kernels import cover, cover_keys, leaves, opened_backward
 
 
 def backward(
@@ -92,7 +92,7 @@ def backward(
     )
     tile = cover_tile(shape, geometry, q.dtype, "dkv")
     blocks = -(-shape.tokens // geometry.block)
-    cover.window_dkv[(blocks * shape.key_heads, shape.batch)](
+    cover_keys.window_dkv[(blocks * shape.key_heads, shape.batch)](
         q_local, k_local, v, dout, lse, delta, dk_local, dv,
         *strides(q_local), *strides(k_local), *strides(v), shape.tokens, shape.heads, shape.key_heads, scale, **tile,
     )  # fmt: skip
@@ -169,7 +169,7 @@ class _Far(NamedTuple):
         epochs, parts = epochs_of(geometry, shape.tokens, device), geometry.radix // tile["BLOCKS"]
         partial = torch.empty(shape.pairs, epochs.count * parts, epochs.columns, width, device=device)
         if epochs.count:
-            opened_backward.listed_dkv[
+            cover_keys.listed_dkv[
                 (epochs.count * parts, triton.cdiv(epochs.columns, tile["NODES"]), shape.pairs)
             ](
                 self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets,
@@ -177,7 +177,7 @@ class _Far(NamedTuple):
                 *strides(self.q), shape.tokens, nodes, shape.heads, shape.key_heads, epochs.columns, self.scale,
                 MASKED=routes is not None, **tile,
             )  # fmt: skip
-        opened_backward.sum_listed[(nodes, shape.pairs, triton.cdiv(width, 64))](
+        cover_keys.sum_listed[(nodes, shape.pairs, triton.cdiv(width, 64))](
             partial, epochs.readers, epochs.places, *result, epochs.count * parts, parts, epochs.columns, nodes,
             shape.key_heads, geometry.levels, D=shape.width, BT=16, BW=64, num_warps=4,
         )  # fmt: skip
