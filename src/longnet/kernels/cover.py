@@ -180,6 +180,8 @@ def cover_forward(
         s = tl.dot(qt, k_rows.load([begin, 0]).T, input_precision=PREC)
         acc, m, total = _attend(acc, m, total, s, scale2, v_rows.load([begin, 0]), PREC=PREC)
     # Every row sees a key of the first tile that needs a mask: from there on all maxima are finite.
+    # A count that the compiler does not know: a loop of one step would be unrolled, and the assembler then makes every product
+    # of the kernel wait for the one before (ptxas C7515).
     own = (i * BLOCK + QB * BLOCK - diagonal + BK - 1) // BK
     masked = own
     if QB > 1:
