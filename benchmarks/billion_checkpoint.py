@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from billion_setup import PEAK, build, low_residual, memory
-from billion_train import as_tensor, step_gradients
+from billion_train import distance, gradients
 from longnet import LongNetForCausalLM
 from longnet.model.tiles import set_tile
 
@@ -23,29 +23,6 @@ def checkpointed(options: argparse.Namespace, tokens: int) -> LongNetForCausalLM
     set_tile(model, options.tile)
     low_residual(model, options.device)
     return model
-
-
-Gradients = dict[str, torch.Tensor]
-
-
-def gradients(
-    model: LongNetForCausalLM, ids: np.ndarray, device: str, chunk: int | None, low: bool = True
-) -> Gradients:
-    """All gradients of the mean loss on `ids` (fp32, on the host); whole, or in chunks."""
-    model.zero_grad(set_to_none=True)
-    step_gradients(model, as_tensor(ids), device, chunk, low)
-    found = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def distance(found: Gradients, wanted: Gradients) -> dict:
-    """Relative to the norm of what is wanted: of all gradients together, of the middle parameter and of the farthest off."""
-    whole = [torch.cat([x.flatten() for x in group.values()]) for group in (found, wanted)]
-    each = {name: ((found[name] - x).norm() / x.norm()).item() for name, x in wanted.items()}
-    worst = max(each, key=lambda name: each[name])
-    together = ((whole[0] - whole[1]).norm() / whole[1].norm()).item()
-    return {"all": together, "median": float(np.median([*each.values()])), "worst": each[worst], "of": worst}
 
 
 def compare(options: argparse.Namespace, ids: np.ndarray) -> dict:

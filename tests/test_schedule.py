@@ -22,12 +22,17 @@ from longnet.schedule import (
 )
 
 
+def some_shards(data, borders):
+    """(tokens, first position, shards) with up to `borders` borders anywhere, shards without a token included."""
+    n, start = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 17, 2**40 + 3]))
+    inner = sorted(data.draw(st.lists(st.integers(0, n), max_size=borders)))
+    return n, start, Shards((start, *(start + x for x in inner), start + n))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_work_of_all_ranks_is_the_work_of_one_device(data):
-    n, start = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 17, 2**40 + 3]))
-    inner = sorted(data.draw(st.lists(st.integers(0, n), max_size=4)))
-    shards = Shards((start, *(start + x for x in inner), start + n))
+    n, start, shards = some_shards(data, 4)
     lengths = (data.draw(st.integers(1, 20)), data.draw(st.integers(4, 90)), 40)
     pattern = DilatedPattern(lengths, (1, data.draw(st.integers(1, 4)), 7))
     key_heads, causal = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.booleans())
@@ -41,9 +46,7 @@ def test_work_of_all_ranks_is_the_work_of_one_device(data):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_the_exchanges_of_a_rank_are_those_of_all_that_it_takes_part_in(data):
-    n, start = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 17, 2**40 + 3]))
-    inner = sorted(data.draw(st.lists(st.integers(0, n), max_size=5)))
-    shards = Shards((start, *(start + x for x in inner), start + n))
+    _, _, shards = some_shards(data, 5)
     pattern = DilatedPattern((data.draw(st.integers(1, 20)), data.draw(st.integers(4, 90)), 40), (1, 3, 7))
     everywhere = exchanges(pattern, 4, 2, shards)
     for rank in range(shards.ranks):

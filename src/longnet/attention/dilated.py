@@ -78,10 +78,7 @@ def dilated_attention(
         chosen = impl
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if chosen == "reference":
-        if q.is_meta:
-            raise ValueError(
-                "expected tensors that hold data; got device 'meta'; load the weights, or use .to_empty()"
-            )
+        refuse_meta(q)
         return AttentionOutput(*dilated_attention_reference(q, k, v, pattern, causal, scale, lengths, start))
     spec = (list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets)
     return AttentionOutput(*_forward(q, k, v, lengths, *spec, causal, scale, start, chosen))
@@ -191,6 +188,14 @@ def _check(
             raise ValueError(
                 f"lengths: expected {q.shape[0]} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}"
             )
+
+
+def refuse_meta(q: Tensor) -> None:
+    """Raises ValueError for tensors of shapes alone."""
+    if q.is_meta:
+        raise ValueError(
+            "expected tensors that hold data; got device 'meta'; load the weights, or use .to_empty()"
+        )
 
 
 def _check_scale(scale: float | None) -> None:

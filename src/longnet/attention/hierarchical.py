@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention import hierarchical_torch
-from longnet.attention.dilated import AttentionOutput
+from longnet.attention.dilated import AttentionOutput, refuse_meta
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.hierarchical_torch import Far, Parameters
 from longnet.attention.pyramid import build_pyramid
@@ -165,10 +165,7 @@ def unsupported(q: Tensor, k: Tensor, pattern: HierarchicalPattern, causal: bool
 def _check(q, k, v, pattern, causal, prior_query, level_bias, router_mix, rotary, lengths, impl) -> None:
     if not isinstance(pattern, HierarchicalPattern):
         raise ValueError(f"pattern: expected a HierarchicalPattern; got {type(pattern).__name__}")
-    if isinstance(q, Tensor) and q.is_meta:
-        raise ValueError(
-            "expected tensors that hold data; got device 'meta'; load the weights, or use .to_empty()"
-        )
+    refuse_meta(q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or x.dtype != q.dtype or not x.is_floating_point() or x.device != q.device:
             raise ValueError(

@@ -299,8 +299,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Negative log-likelihood of every next token, in nats, fp32; 0 where a target is -100 or padding.
 
-        Without `targets`: (B, N - 1), entry n scores input_ids[:, n + 1]. With `targets` (B, N):
-        entry n scores targets[:, n],
+        Without `targets`: (B, N - 1), entry n scores input_ids[:, n + 1]. With `targets` (B, N): entry n scores targets[:, n],
         for streams, where the next token of a chunk's end lies in the next chunk.
         """
         hidden = self.model(
