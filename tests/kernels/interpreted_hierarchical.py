@@ -5,7 +5,7 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import far_work, hierarchical_fused, hierarchical_gradients
+from longnet.attention import far_work, hierarchical_fused, hierarchical_gradients, opened_work
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import build_pyramid_fused
@@ -28,10 +28,10 @@ CASES = {
 def main(name: str) -> None:
     pattern, tokens, heads, key_heads, width, beta = CASES[name]
     if name == "chunks":
-        far_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
+        opened_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
     if name == "levels":
-        far_work.COLUMNS = hierarchical_gradients.COLUMNS = 8
-        hierarchical_gradients.READERS = 24
+        far_work.COLUMNS = hierarchical_gradients.COLUMNS = opened_work.COLUMNS = 8
+        far_work.READERS = opened_work.READERS = 24
     torch.manual_seed(0)
     shapes = [
         (1, tokens, heads, width),

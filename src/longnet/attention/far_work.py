@@ -10,7 +10,6 @@ import torch
 import triton
 from torch import Tensor
 
-from longnet.kernels import routing
 from longnet.patterns import HierarchicalPattern
 
 # Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
@@ -18,18 +17,6 @@ READERS = 1024
 
 # Neighbouring nodes whose gradients one program sums: the rows of its products, the bits of a reader's word.
 COLUMNS = 64
-
-# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
-CHUNK_BYTES = 2**30
-
-
-class Routes(NamedTuple):
-    """What every token opened. opened (B, K, N, levels, width) int32, -1 filled; the others are bit masks of the same choice."""
-
-    opened: Tensor
-    base_bits: Tensor
-    child_bits: Tensor
-
 
 class Geometry(NamedTuple):
     """The integers of a pattern at one length, as the kernels want them."""
@@ -158,7 +145,9 @@ def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     rows, warps, stages = LEAF_TILES[kernel]
     if dtype == torch.float32:
         rows, stages = 32, 1
-    return tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+    padded = triton.next_power_of_2(shape.group)
+    tile = tile_of(shape, dtype) | {"GP": padded, "BM": max(rows, padded)}
+    return tile | {"num_warps": warps, "num_stages": stages}
 
 
 # (rows, warps, stages) of the kernel over the readers of COLUMNS nodes.
@@ -181,6 +170,19 @@ def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:
     return tile | {"BLOCK": geometry.block, "BEAM": geometry.beam}
 
 
+# (rows, warps, stages) of the kernel over the readers of opened nodes' children.
+CHILD_TILE = (128, 8, 2)
+
+
+def child_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+    rows, warps, stages = CHILD_TILE
+    if dtype == torch.float32:
+        rows, stages = 32, 1
+    padded = triton.next_power_of_2(shape.group)
+    tile = tile_of(shape, dtype) | {"GP": padded, "BM": max(rows, padded), "COLUMNS": COLUMNS}
+    return tile | {"BEAM": geometry.beam, "num_warps": warps, "num_stages": stages}
+
+
 def cover_constants(geometry: Geometry) -> dict:
     return {
         "BLOCK": geometry.block,
@@ -195,127 +197,9 @@ def tokens_per_tile(group: int) -> int:
     return min(16, max(1, FAR_ROWS // triton.next_power_of_2(group)))
 
 
-class Chunk(NamedTuple):
-    """Tokens [first, first + tiles * tile) of all sequences, whose opened leaves are attended to together."""
-
-    first: int
-    tiles: int
-    tile: int
-
-    @property
-    def tokens(self) -> int:
-        return self.tiles * self.tile
-
-
-def chunks(shape: Shape, geometry: Geometry, element_size: int) -> list[Chunk]:
-    """The sequence in chunks of whole blocks whose places' results fit in CHUNK_BYTES; none where nothing is far."""
-    tile = tokens_per_tile(shape.group)
-    token = shape.batch * shape.heads * geometry.top_k * shape.width * element_size
-    size = max(1, CHUNK_BYTES // token // geometry.block) * geometry.block
-    begin = geometry.window * geometry.block
-    return [
-        Chunk(first, triton.cdiv(min(size, shape.tokens - first), tile), tile)
-        for first in range(begin, shape.tokens, size)
-    ]
-
-
-class Tables:
-    """Columns of a chunk's tiles: `united`, `sizes`, `members`, `places`, `kept` of `kernels.routing`, per level."""
-
-    def __init__(self, shape: Shape, geometry: Geometry, chunk: Chunk, device: torch.device) -> None:
-        self.shape, self.geometry, self.chunk = shape, geometry, chunk
-        above = max((0, *geometry.sizes[1:]))
-        self.most = max(1, min(chunk.tile * geometry.beam, above))
-        self.columns = self.most * geometry.radix + geometry.listed
-        lead = (geometry.levels, shape.pairs, chunk.tiles)
-        whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
-        self.united, self.members = whole(*lead, self.most), whole(*lead, self.most)
-        self.sizes, self.kept = (
-            torch.zeros(lead, dtype=torch.int32, device=device),
-            whole(*lead, self.columns),
-        )
-        self.places = torch.full((*lead, self.most, chunk.tile), -1, dtype=torch.int16, device=device)
-        self.scratch = torch.empty(*lead[1:], chunk.tile * geometry.beam, dtype=torch.int64, device=device)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.chunk.tiles, self.shape.pairs
-
-    def unite(self, routes: Routes, level: int) -> None:
-        """The columns below `level`, from what the tokens opened at it."""
-        at = level - 1
-        routing.unite[self.grid](
-            routes.opened, self.scratch, self.united[at], self.members[at], self.places[at], self.sizes[at],
-            self.shape.tokens, self.geometry.levels, level, self.chunk.first, self.most,
-            T=self.chunk.tile, BEAM=self.geometry.beam, WIDTH=self.geometry.width, num_warps=2,
-        )  # fmt: skip
-
-    def mark(self, routes: Routes) -> None:
-        """Which columns stay summaries."""
-        geometry = self.geometry
-        for level in range(geometry.levels):
-            routing.mark[self.grid](
-                routes.base_bits, routes.child_bits, self.places[level], self.sizes[level], self.kept[level],
-                self.shape.tokens, geometry.levels, level, self.chunk.first, self.most, self.columns,
-                T=self.chunk.tile, BC=128, BEAM=geometry.beam, num_warps=4, **cover_constants(geometry),
-            )  # fmt: skip
-
-    @classmethod
-    def of(cls, routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk) -> Tables:
-        tables = cls(shape, geometry, chunk, routes.opened.device)
-        for level in range(1, geometry.levels):
-            tables.unite(routes, level)
-        tables.mark(routes)
-        return tables
-
-
-def leaf_items(
-    routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sorted_items` of a chunk's opened leaves; positions count in (pairs, chunk.tokens, top_k)."""
-    opened = routes.opened[:, :, chunk.first : chunk.first + chunk.tokens, 0, : geometry.top_k]
-    missing = chunk.tokens - opened.shape[2]
-    if missing:
-        opened = torch.nn.functional.pad(opened, (0, 0, 0, missing), value=-1)
-    return sorted_items(opened, geometry.sizes[0])
-
-
-def sorted_items(opened: Tensor, nodes: int, readers: int = READERS) -> tuple[Tensor, Tensor, Tensor]:
-    """Readers by node: (order, items, first item of every node), all on the device, without a synchronisation.
-
-    opened (B, K, N, places): node or -1. order: flat positions in `opened`, stably sorted by node. items (., 3) int64:
-    node numbered through all pairs (-1: no work), first and last position in `order`.
-    """
-    batch, key_heads = opened.shape[:2]
-    groups = batch * key_heads * nodes
-    pair = torch.arange(batch * key_heads, dtype=torch.int32, device=opened.device).view(
-        batch, key_heads, 1, 1
-    )
-    keys = torch.where(opened >= 0, pair * nodes + opened, groups).flatten()
-    keys, order = torch.sort(keys, stable=True)
-    border = torch.searchsorted(keys, torch.arange(groups + 1, dtype=keys.dtype, device=keys.device))
-    per_node = (border.diff() + readers - 1) // readers
-    first_item = torch.cat((border.new_zeros(1), per_node.cumsum(0)))
-    item = torch.arange(groups + opened.numel() // readers, device=keys.device)
-    node = torch.searchsorted(first_item, item, right=True) - 1
-    some = item < first_item[-1]
-    node = torch.where(some, node, 0)
-    begin = border[node] + (item - first_item[node]) * readers
-    end = torch.minimum(begin + readers, border[node + 1])
-    return order, torch.stack((torch.where(some, node, -1), begin, end), 1), first_item
-
-
 @functools.lru_cache(maxsize=64)
 def offsets_of(geometry: Geometry, device: torch.device) -> Tensor:
     return torch.tensor(geometry.offsets, dtype=torch.int32, device=device)
-
-
-def empty_routes(shape: Shape, geometry: Geometry, device: torch.device) -> Routes:
-    lead = (shape.batch, shape.key_heads, shape.tokens, geometry.levels)
-    # Tokens without a far context open nothing, and their programs write nothing.
-    opened = torch.full((*lead, geometry.width), -1, dtype=torch.int32, device=device)
-    bits = torch.zeros(lead, dtype=torch.int32, device=device)
-    return Routes(opened, bits, torch.zeros((*lead, geometry.beam), dtype=torch.int32, device=device))
 
 
 @functools.lru_cache(maxsize=64)

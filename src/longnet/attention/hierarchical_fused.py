@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longnet.attention import opened_work
 from longnet.attention.far_work import (
     PLACE_STAGES,
-    SELECT_WARPS,
     Geometry,
-    Routes,
-    Tables,
-    chunks,
-    cover_constants,
     cover_tile,
-    empty_routes,
     far_tile,
-    leaf_items,
     leaf_tile,
     offsets_of,
     shape_of,
@@ -24,8 +18,9 @@ from longnet.attention.far_work import (
 )
 from longnet.attention.fused import aligned, allocate_descriptors
 from longnet.attention.hierarchical_gradients import backward
+from longnet.attention.opened_work import Leaves, Routes, chunks, route
 from longnet.attention.pyramid import Pyramid
-from longnet.kernels import cover, leaves, opened_forward, routing
+from longnet.kernels import cover, leaves, opened_forward
 from longnet.patterns import HierarchicalPattern
 
 
@@ -55,7 +50,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, *arguments):
         *tensors, geometry, scale = arguments
         out, lse, routes = forward(*tensors, geometry, scale)
-        ctx.save_for_backward(*tensors, out, lse, *(routes or ()))
+        ctx.save_for_backward(*tensors, out, lse, *(routes.flat() if routes else ()))
         ctx.geometry, ctx.scale = geometry, scale
         ctx.set_materialize_grads(False)
         return out, lse
@@ -63,14 +58,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        *tensors, out, lse, opened, base_bits, child_bits = _padded(ctx.saved_tensors, 15)
-        routes = None if opened is None else Routes(opened, base_bits, child_bits)
+        *tensors, out, lse = ctx.saved_tensors[:12]
+        routes = Routes.of(ctx.saved_tensors[12:]) if len(ctx.saved_tensors) > 12 else None
         dout = torch.zeros_like(out) if dout is None else dout
         return *backward(dout, dlse, *tensors, out, lse, routes, ctx.geometry, ctx.scale), None, None
-
-
-def _padded(saved: tuple, count: int) -> tuple:
-    return *saved, *(None,) * (count - len(saved))
 
 
 def forward(
@@ -109,48 +100,23 @@ def forward(
     )  # fmt: skip
     if not opening:
         return out, lse, None
-    summaries = (kbar, vbar, entropy, level_bias)
-    routes = empty_routes(shape, geometry, q.device)
-    for chunk in chunks(shape, geometry, q.element_size()):
-        tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
-        order, items, _ = leaf_items(routes, shape, geometry, chunk)
+    routes = Routes.empty(shape, geometry, q.device)
+    summaries = (kbar, vbar, entropy, level_bias, offsets)
+    for chunk in chunks(shape, geometry, q.element_size(), opened_work.CHUNK_BYTES):
+        tables, work = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
-        part_weight = torch.empty(lead, device=q.device)
-        leaves.leaf_forward[(len(items),)](
-            q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight,
+        weight, logits = torch.empty(lead, device=q.device), torch.empty(lead, device=q.device)
+        leaves.leaf_forward[(len(work.items),)](
+            q, k, v, kbar, entropy, level_bias, router_mix, work.order, work.items, part, weight, logits,
             *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,
             chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, q.dtype, "forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_weight,
+            q, *summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, weight,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
             TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
+        routes.leaves.append(Leaves(*work, logits))
     return out, lse, routes
-
-
-def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tables:
-    """Open nodes for the tokens of a chunk, from the coarsest level down."""
-    kbar, _, entropy, _ = summaries
-    tables = Tables(shape, geometry, chunk, q.device)
-    budget = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
-    for level in range(geometry.levels - 1, -1, -1):
-        parents = geometry.parents(level)
-        places = parents * geometry.radix + geometry.listed
-        scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
-        table = (tables.united[level], tables.members[level], tables.places[level], tables.sizes[level])
-        routing.score[tables.grid](
-            q, kbar, entropy, offsets, routes.opened, *table, scores, *strides(q), shape.tokens, kbar.shape[1],
-            shape.key_heads, geometry.levels, level, scale, chunk.first, tables.most, places,
-            **budget, **far_tile(shape, geometry, q.dtype, "score"),
-        )  # fmt: skip
-        routing.select[(chunk.tokens, shape.pairs)](
-            scores, *routes, shape.tokens, geometry.levels, level, chunk.first, places,
-            PARENTS=parents, LISTED=geometry.listed, num_warps=SELECT_WARPS, **budget, **cover_constants(geometry),
-        )  # fmt: skip
-        if level:
-            tables.unite(routes, level)
-    tables.mark(routes)
-    return tables

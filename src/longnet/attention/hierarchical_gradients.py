@@ -10,26 +10,19 @@ from torch import Tensor
 
 from longnet.attention.far_work import (
     COLUMNS,
-    PLACE_STAGES,
-    READERS,
     Geometry,
-    Routes,
     Shape,
-    Tables,
-    chunks,
     cover_tile,
-    far_tile,
-    leaf_items,
-    leaf_tile,
     listed_items,
     node_tile,
     offsets_of,
     shape_of,
-    sorted_items,
     strides,
 )
 from longnet.attention.fused import aligned, allocate_descriptors
-from longnet.kernels import cover, leaves, opened_backward
+from longnet.attention.opened_gradients import Opened, opened_gradients
+from longnet.attention.opened_work import Routes
+from longnet.kernels import cover, opened_backward
 
 
 def backward(
@@ -64,10 +57,10 @@ def backward(
     opening, joint = routes is not None, q_local is None
     q_local = q if q_local is None else q_local
     dq_local = _like(q)
-    # Queries without a far context are left out by the kernels of what was opened.
-    dq = dq_local if joint else torch.zeros_like(dq_local) if opening else _like(q)
-    dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
-    dmix = torch.zeros(shape.batch, shape.tokens, shape.heads, device=q.device)
+    dq = dq_local if joint else _like(q)
+    # Per query, from the lists; what was opened has its own sums.
+    per_query = (shape.batch, shape.tokens, shape.heads, geometry.levels)
+    dbias = offsets if opening else torch.empty(per_query, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "dq")
     blocks = -(-shape.tokens // geometry.block)
     cover.cover_dq[(blocks, shape.heads // tile["HG"], shape.batch)](
@@ -99,16 +92,19 @@ def backward(
         lse,
         delta,
     )
-    dk = None
     dnodes = far.listed(routes)
-    if routes is not None:
-        for level in range(geometry.levels - 1):
-            far.children(routes, level, dnodes)
-        dk = far.opened(routes, dq, joint, dbias, dmix, dv, dnodes)
+    if routes is None:
+        dk, dv, dbias, dmix = None, dv.to(v.dtype), dbias.sum((0, 1)), torch.zeros_like(router_mix)
+    else:
+        rows = (x.transpose(1, 2).contiguous() for x in (lse, delta))
+        given = Opened(
+            shape, geometry, scale, q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, dout, *rows
+        )
+        dk, dv, dbias, dmix = opened_gradients(given, routes, dq, joint, dv, dnodes)
     dkbar, dvbar, dentropy = dnodes.split((shape.width, shape.width, 1), dim=-1)
     return (
-        dq, dk, dv.to(v.dtype), None if joint else dq_local, dk_local,
-        dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0], dbias.sum((0, 1)), dmix.sum((0, 1)),
+        dq, dk, dv, None if joint else dq_local, dk_local,
+        dkbar.to(kbar.dtype), dvbar.to(vbar.dtype), dentropy[..., 0], dbias, dmix,
     )  # fmt: skip
 
 
@@ -148,27 +144,6 @@ class _Far(NamedTuple):
                 self._add_nodes(result, level, items, first_item, lists=lists)
         return result
 
-    def children(self, routes: Routes, level: int, result: Tensor) -> None:
-        """Add the gradients of the nodes at `level` from the tokens that opened their parent."""
-        geometry = self.geometry
-        families = -(-geometry.sizes[level] // COLUMNS)
-        if not families:
-            return
-        shape, device = self.shape, self.q.device
-        lead = (shape.batch, shape.key_heads, shape.tokens, geometry.beam)
-        family = torch.empty(lead, dtype=torch.int32, device=device)
-        words = torch.empty(lead, dtype=torch.int64, device=device)
-        entries = words.numel()
-        opened_backward.gather_children[(triton.cdiv(entries, 256),)](
-            routes.opened, routes.child_bits, family, words, entries, geometry.levels, level,
-            COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, BM=256, num_warps=4,
-        )  # fmt: skip
-        # An item leaves 64 KiB behind, so their number is bounded.
-        order, items, first_item = sorted_items(family, families, max(READERS, entries // 4096))
-        pair = torch.where(items[:, 0] >= 0, items[:, 0] // families, -1)
-        items = torch.stack((pair, items[:, 0] % families, items[:, 1], items[:, 2]), 1)
-        self._add_nodes(result, level, items, first_item, readers=(words, order))
-
     def _add_nodes(
         self,
         result: Tensor,
@@ -196,65 +171,6 @@ class _Far(NamedTuple):
         total = total.view(shape.batch, shape.key_heads, -1, 2 * shape.width + 1)
         begin, size = geometry.offsets[level], geometry.sizes[level]
         result[:, begin : begin + size] += total[:, :, :size].transpose(1, 2)
-
-    def opened(
-        self,
-        routes: Routes,
-        dq: Tensor,
-        add: bool,
-        dbias: Tensor,
-        dmix: Tensor,
-        dv: Tensor,
-        dnodes: Tensor,
-    ) -> Tensor:
-        """Through opened leaves: returns dk, adds to dv and to the nodes. And the gradients of the far queries: into dbias,
-        dmix and dq, there `add`ed to what it holds."""
-        shape, geometry = self.shape, self.geometry
-        leaves, block, width = geometry.sizes[0], geometry.block, shape.width
-        dkv = torch.zeros(shape.pairs * leaves, 2 * block * width, device=self.q.device)
-        dnode = torch.zeros(shape.pairs * leaves, width + 1, device=self.q.device)
-        for chunk in chunks(shape, geometry, self.q.element_size()):
-            self._chunk(routes, chunk, dq, add, dbias, dmix, dkv, dnode)
-        dkv = dkv.view(shape.batch, shape.key_heads, leaves, 2, block, width)
-        covered = leaves * block
-        dk = torch.zeros(
-            shape.batch, shape.tokens, shape.key_heads, width, dtype=self.k.dtype, device=self.q.device
-        )
-        dk[:, :covered] = dkv[:, :, :, 0].flatten(2, 3).transpose(1, 2).to(dk.dtype)
-        dv[:, :covered] += dkv[:, :, :, 1].flatten(2, 3).transpose(1, 2)
-        dnode = dnode.view(shape.batch, shape.key_heads, leaves, width + 1).transpose(1, 2)
-        dnodes[:, :leaves, :, :width] += dnode[..., :width]
-        dnodes[:, :leaves, :, -1] += dnode[..., -1]
-        return dk
-
-    def _chunk(self, routes, chunk, dq, add, dbias, dmix, dkv, dnode) -> None:
-        """The readers of one chunk of tokens: their dq, and what they add to every leaf."""
-        shape, geometry, device = self.shape, self.geometry, self.q.device
-        order, items, first_item = leaf_items(routes, shape, geometry, chunk)
-        lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
-        part = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)
-        part_score, part_mix = torch.empty(lead, device=device), torch.empty(lead, device=device)
-        item_dkv = torch.empty(len(items), dkv.shape[1], device=device)
-        item_dnode = torch.empty(len(items), dnode.shape[1], device=device)
-        summaries = (self.kbar, self.entropy, self.level_bias)
-        leaves.leaf_backward[(len(items),)](
-            self.q, self.k, self.v, *summaries, self.router_mix, order, items, self.dout, self.lse, self.delta,
-            part, part_score, part_mix, item_dkv, item_dnode,
-            *strides(self.q), *strides(self.k), *strides(self.v), shape.tokens, self.kbar.shape[1], geometry.sizes[0],
-            shape.heads, shape.key_heads, geometry.levels, chunk.first, chunk.tokens, self.scale,
-            BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, self.q.dtype, "backward"),
-        )  # fmt: skip
-        _sum(item_dkv, first_item, dkv, add=True)
-        _sum(item_dnode, first_item, dnode, add=True)
-        tables = Tables.of(routes, shape, geometry, chunk)
-        opened_backward.far_dq[tables.grid](
-            self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets, routes.opened,
-            tables.united, tables.sizes, tables.kept, part, part_score, part_mix, self.dout, self.lse, self.delta,
-            dq, dbias, dmix, *strides(self.q), shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads,
-            geometry.levels, self.scale, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, ADD=add,
-            **far_tile(shape, geometry, self.q.dtype, "dq"),
-        )  # fmt: skip
 
 
 def _sum(partial: Tensor, first_item: Tensor, total: Tensor, add: bool = False) -> None:

@@ -4,6 +4,9 @@ Token by token, K and V of every opened block are read again: 4 BLOCK D bytes a 
 group. By block they are read once; what moves instead is 4 D G bytes a place (a query row in, a result out), and the rows of a
 product are (reader, head of the group), full whatever the group. The results go to a buffer of one chunk of tokens and are
 joined per token in the order of its places: no atomics.
+
+The number of a tile's readers is loaded a tile ahead: were it loaded in place, the rows that it points to would be asked for
+only after the products of the tile before, and nothing would hide their way.
 """
 
 from __future__ import annotations
@@ -23,22 +26,25 @@ def load_summary(at, d, D: tl.constexpr):
 
 @triton.jit
 def leaf_forward(
-    q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
+    q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight, part_score,
+    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_nodes, num_leaves, num_key_heads, levels, first_token, chunk, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Softmax means and log2 of the weights W of opened leaves: part (pairs, chunk, TOP_K, G, D), part_weight alike without D.
+    """Softmax means, log2 of the weights W and the summary's logits (log2) of opened leaves: part (pairs, chunk, TOP_K, G, D),
+    part_weight and part_score alike without D.
 
     items (., 3): leaf numbered through pairs of sequence and key head (-1: none), first and last place in `order`. order:
     positions in (pairs, chunk, TOP_K), sorted by leaf.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
+    READERS: tl.constexpr = BM // GP
     item = tl.program_id(0).to(tl.int64)
     leaf_of_pair = tl.load(items + item * 3)
     if leaf_of_pair >= 0:
         begin = tl.load(items + item * 3 + 1)
-        count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32) * G
+        count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
         pair = leaf_of_pair // num_leaves
         leaf = leaf_of_pair % num_leaves
         b = pair // num_key_heads
@@ -46,49 +52,54 @@ def leaf_forward(
         d = tl.arange(0, BD)
         d_ok = d < D
         at = leaf * BLOCK + tl.arange(0, BLOCK)
+        row = tl.arange(0, BM)
+        g = row % GP
+        reader = row // GP
+        places = order + begin
+        place = tl.load(places + reader, reader < count, 0).to(tl.int64)
         kt = load_rows(k + b * skb + kh * skh, at, at >= 0, skn, d, D)
         vt = load_rows(v + b * svb + kh * svh, at, at >= 0, svn, d, D)
         node_row = (b * num_nodes + leaf) * num_key_heads + kh
         kb = load_summary(kbar + node_row * D, d, D)
         h = tl.load(entropy + node_row) * LOG2E
-        q_base = q + b * sqb + kh * G * sqh
-        row = tl.arange(0, BM)
-        for r0 in tl.range(0, count, BM):
-            ok = r0 + row < count
-            g = (r0 + row) % G
-            place = tl.load(order + begin + (r0 + row) // G, ok, 0)
-            token = place // TOP_K - pair * chunk + first_token
+        q_row = q + b * sqb + (first_token - pair * chunk) * sqn + (kh * G + g) * sqh
+        bias = tl.load(level_bias + (kh * G + g) * levels, g < G, 0.0) * LOG2E + h
+        beta = tl.load(router_mix + kh * G + g, g < G, 1.0)
+        for r0 in tl.range(0, count, READERS):
+            ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & d_ok[None, :]
-            qt = tl.load(q_base + token[:, None] * sqn + g[:, None] * sqh + d[None, :], row_ok, 0.0)
+            qt = tl.load((q_row + place // TOP_K * sqn)[:, None] + d[None, :], row_ok, 0.0)
+            to = place * G + g
+            place = tl.load(places + r0 + READERS + reader, r0 + READERS + reader < count, 0).to(tl.int64)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             mass = tl.sum(p, 1)
-            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * (scale * LOG2E) + h
-            sbar += tl.load(level_bias + (kh * G + g) * levels, ok, 0.0) * LOG2E
-            beta = tl.load(router_mix + kh * G + g, ok, 1.0)
-            o = tl.dot(p.to(vt.dtype), vt, input_precision=PREC) / mass[:, None]
-            to = place * G + g
+            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * (scale * LOG2E) + bias
+            o = tl.dot(p.to(vt.dtype), vt, input_precision=PREC) * (1.0 / mass)[:, None]
             tl.store(part + to[:, None] * D + d[None, :], o.to(part.dtype.element_ty), row_ok)
             tl.store(part_weight + to, (1 - beta) * (top + tl.log2(mass)) + beta * sbar, ok)
+            tl.store(part_score + to, sbar, ok)
 
 
 @triton.jit
 def leaf_backward(
-    q, k, v, kbar, entropy, level_bias, router_mix, order, items, dout, lse, delta, part, part_score, part_mix, dkv, dnode,
+    q, k, v, kbar, router_mix, order, items, logits, dout, lse, delta, part, part_score, part_mix, dkv, dnode,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_tokens, num_nodes, num_leaves, num_heads, num_key_heads, levels, first_token, chunk, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
+    num_tokens, num_nodes, num_leaves, num_heads, num_key_heads, first_token, chunk, scale,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Of every work item the sums over its readers, dkv (items, 2, BLOCK, D) and dnode (items, D + 1) = dkbar, dH; of every
-    place dq in part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in part_score, part_mix (pairs, chunk, TOP_K, G)."""
+    place dq in part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in part_score, part_mix (pairs, chunk, TOP_K, G). logits:
+    part_score of the forward pass. lse, delta (B, N, H)."""
     LOG2E: tl.constexpr = 1.4426950408889634
+    READERS: tl.constexpr = BM // GP
     item = tl.program_id(0).to(tl.int64)
     leaf_of_pair = tl.load(items + item * 3)
     if leaf_of_pair >= 0:
         begin = tl.load(items + item * 3 + 1)
-        count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32) * G
+        count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
         pair = leaf_of_pair // num_leaves
         leaf = leaf_of_pair % num_leaves
         b = pair // num_key_heads
@@ -97,54 +108,57 @@ def leaf_backward(
         d_ok = d < D
         c = tl.arange(0, BLOCK)
         at = leaf * BLOCK + c
+        row = tl.arange(0, BM)
+        g = row % GP
+        reader = row // GP
+        places = order + begin
+        place = tl.load(places + reader, reader < count, 0).to(tl.int64)
         kt = load_rows(k + b * skb + kh * skh, at, c >= 0, skn, d, D)
         vt = load_rows(v + b * svb + kh * svh, at, c >= 0, svn, d, D)
         node_row = (b * num_nodes + leaf) * num_key_heads + kh
         kb = load_summary(kbar + node_row * D, d, D)
-        h = tl.load(entropy + node_row) * LOG2E
-        q_base = q + b * sqb + kh * G * sqh
+        head = kh * G + g
+        ahead = first_token - pair * chunk
+        q_row = q + b * sqb + ahead * sqn + head * sqh
+        at_row = (b * num_tokens + ahead) * num_heads + head
+        beta = tl.load(router_mix + head, g < G, 1.0)
         dk = tl.zeros((BLOCK, BD), tl.float32)
         dv = tl.zeros((BLOCK, BD), tl.float32)
         dkb = tl.zeros((BD, 16), tl.float32)
         dh = tl.zeros((BM,), tl.float32)
-        row = tl.arange(0, BM)
         first = (tl.arange(0, 16) == 0)[None, :]
-        for r0 in tl.range(0, count, BM):
-            ok = r0 + row < count
-            place = tl.load(order + begin + (r0 + row) // G, ok, 0).to(tl.int64)
-            g = (r0 + row) % G
-            token = place // TOP_K - pair * chunk + first_token
-            head = kh * G + g
+        for r0 in tl.range(0, count, READERS):
+            ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & d_ok[None, :]
-            qt = tl.load(q_base + token[:, None] * sqn + g[:, None] * sqh + d[None, :], row_ok, 0.0)
-            do = tl.load(
-                dout + ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :], row_ok, 0.0
-            )
-            at_lse = (b * num_heads + head) * num_tokens + token
-            lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
-            dl = tl.load(delta + at_lse, ok, 0.0)
-            beta = tl.load(router_mix + head, ok, 1.0)
-            bias = tl.load(level_bias + head * levels, ok, 0.0) * LOG2E
+            token = place // TOP_K
+            qt = tl.load((q_row + token * sqn)[:, None] + d[None, :], row_ok, 0.0)
+            at_out = at_row + token * num_heads
+            do = tl.load(dout + at_out[:, None] * D + d[None, :], row_ok, 0.0)
+            to = place * G + g
+            lse2 = tl.load(lse + at_out, ok, float("inf")) * LOG2E
+            dl = tl.load(delta + at_out, ok, 0.0)
+            sbar = tl.load(logits + to, ok, 0.0)
+            place = tl.load(places + r0 + READERS + reader, r0 + READERS + reader < count, 0).to(tl.int64)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             mass = tl.sum(p, 1)
-            p = p / mass[:, None]
             lse_leaf = top + tl.log2(mass)
-            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * (scale * LOG2E) + h + bias
             weight = tl.exp2((1 - beta) * lse_leaf + beta * sbar - lse2)
-            dv = tl.dot(tl.trans((p * weight[:, None]).to(do.dtype)), do, dv, input_precision=PREC)
+            share = weight / mass
+            dv = tl.dot(tl.trans((p * share[:, None]).to(do.dtype)), do, dv, input_precision=PREC)
             dp = tl.dot(do, tl.trans(vt), input_precision=PREC)
-            mean = tl.sum(p * dp, 1)
+            mean = tl.sum(p * dp, 1) / mass
             dw = weight * (mean - dl)
-            dx = (p * (weight[:, None] * (dp - mean[:, None]) + ((1 - beta) * dw)[:, None])).to(qt.dtype)
+            # P p (dp - mean) + (1 - beta) p dW
+            middle = beta * mean + (1 - beta) * dl
+            dx = (p * share[:, None] * (dp - middle[:, None])).to(qt.dtype)
             dk = tl.dot(tl.trans(dx), qt, dk, input_precision=PREC)
             dsbar = beta * dw
             dh += dsbar
             ds = tl.where(first, dsbar[:, None], 0.0).to(qt.dtype)
             dkb = tl.dot(tl.trans(qt), ds, dkb, input_precision=PREC)
-            dq = tl.dot(ds, kb, tl.dot(dx, kt, input_precision=PREC), input_precision=PREC) * scale
-            to = place * G + g
+            dq = tl.dot(dx, kt, tl.dot(ds, kb, input_precision=PREC), input_precision=PREC) * scale
             tl.store(part + to[:, None] * D + d[None, :], dq.to(part.dtype.element_ty), row_ok)
             tl.store(part_score + to, dsbar, ok)
             tl.store(part_mix + to, dw * (sbar - lse_leaf) * 0.6931471805599453, ok)

@@ -12,21 +12,24 @@ import triton
 import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
+from longnet.kernels.readers import level_of
 from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 
 @triton.jit
 def far_dq(
     q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, part_score, part_mix,
-    dout, lse, delta, dq, dbias, dmix,
+    dout, lse, delta, dq, dparameters,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
+    first_tile, all_tiles,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq of the far queries, per query dbias (B, N, H, levels) and dmix (B, N, H): the summaries' share, and the sum of the
-    places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`). ADD: to what dq holds."""
+    """dq of the far queries, and per tile dparameters (pairs, all_tiles, levels + 1, G), of the level biases and the mix: the
+    summaries' share, and the sum of the places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`).
+    ADD: to what dq holds."""
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -44,87 +47,133 @@ def far_dq(
     ok = (g < G) & (token < num_tokens)
     d = tl.arange(0, BD)
     row_ok = ok[:, None] & (d < D)[None, :]
-    at_scalar = (b * num_tokens + token) * num_heads + head
-    at_out = at_scalar[:, None] * D + d[None, :]
-    if first > 0:
-        acc = tl.zeros((T * GP, BD), tl.float32)
-        qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-        do = tl.load(dout + at_out, row_ok, 0.0)
-        at_lse = (b * num_heads + head) * num_tokens + token
-        lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
-        dl = tl.load(delta + at_lse, ok, 0.0)
-        # After the last level, level 0, they are its sums.
+    at_row = (b * num_tokens + token) * num_heads + head
+    at_out = at_row[:, None] * D + d[None, :]
+    one = tl.arange(0, GP)
+    to = dparameters + ((pair * all_tiles + first_tile + tl.program_id(0)) * (levels + 1)) * G + one
+    acc = tl.zeros((T * GP, BD), tl.float32)
+    qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
+    do = tl.load(dout + at_out, row_ok, 0.0)
+    lse2 = tl.load(lse + at_row, ok, float("inf")) * LOG2E
+    dl = tl.load(delta + at_row, ok, 0.0)
+    # After the last level, level 0, they are its sums.
+    sums = tl.zeros((T * GP,), tl.float32)
+    for step in range(levels):
+        level = levels - 1 - step
+        lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
+        first_row = b * num_nodes + tl.load(offsets + level)
+        kbar_base = kbar + (first_row * num_key_heads + kh) * D
+        vbar_base = vbar + (first_row * num_key_heads + kh) * D
+        entropy_base = entropy + first_row * num_key_heads + kh
+        bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
+        table = tile + level * tables
+        union_size = tl.load(sizes + table, level < levels - 1, 0)
+        size = union_size * RADIX + hi - lo
         sums = tl.zeros((T * GP,), tl.float32)
-        for step in range(levels):
-            level = levels - 1 - step
-            lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
-            first_row = b * num_nodes + tl.load(offsets + level)
-            kbar_base = kbar + (first_row * num_key_heads + kh) * D
-            vbar_base = vbar + (first_row * num_key_heads + kh) * D
-            entropy_base = entropy + first_row * num_key_heads + kh
-            bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
-            table = tile + level * tables
-            union_size = tl.load(sizes + table, level < levels - 1, 0)
-            size = union_size * RADIX + hi - lo
-            sums = tl.zeros((T * GP,), tl.float32)
-            for begin in tl.range(0, size, BC):
-                c = begin + tl.arange(0, BC)
-                node = column_nodes(c, union_size, lo, united + table * most, RADIX)
-                bits = tl.load(kept + table * columns + c, c < size, 0)
-                kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
-                vt = load_rows(vbar_base, node, c < size, num_key_heads * D, d, D)
-                h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
-                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
-                    h[None, :] + bias[:, None]
-                )
-                p = tl.where(((bits[None, :] >> t_row[:, None]) & 1) != 0, tl.exp2(s), 0.0)
-                ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
-                acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-                sums += tl.sum(ds, 1)
-            tl.store(dbias + at_scalar * levels + level, sums, ok)
-        acc = acc * scale
-        places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
-        dbias_sum = sums
-        dmix_sum = tl.zeros((T * GP,), tl.float32)
-        for n in tl.range(0, places, num_stages=STAGES):
-            place = ((tile * T + t_row) * TOP_K + n) * G + g
-            acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-            dbias_sum += tl.load(part_score + place, ok, 0.0)
-            dmix_sum += tl.load(part_mix + place, ok, 0.0)
-        if ADD:
-            acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
-        tl.store(dbias + at_scalar * levels, dbias_sum, ok)
-        tl.store(dmix + at_scalar, dmix_sum, ok)
-        tl.store(dq + at_out, acc.to(dq.dtype.element_ty), row_ok)
+        for begin in tl.range(0, size, BC):
+            c = begin + tl.arange(0, BC)
+            node = column_nodes(c, union_size, lo, united + table * most, RADIX)
+            bits = tl.load(kept + table * columns + c, c < size, 0)
+            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
+            vt = load_rows(vbar_base, node, c < size, num_key_heads * D, d, D)
+            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
+                h[None, :] + bias[:, None]
+            )
+            p = tl.where(((bits[None, :] >> t_row[:, None]) & 1) != 0, tl.exp2(s), 0.0)
+            ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
+            acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+            sums += tl.sum(ds, 1)
+        if level > 0:
+            tl.store(to + level * G, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
+    acc = acc * scale
+    places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
+    mix_sums = tl.zeros((T * GP,), tl.float32)
+    for n in tl.range(0, places, num_stages=STAGES):
+        place = ((tile * T + t_row) * TOP_K + n) * G + g
+        acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+        sums += tl.load(part_score + place, ok, 0.0)
+        mix_sums += tl.load(part_mix + place, ok, 0.0)
+    if ADD:
+        acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
+    tl.store(to, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
+    tl.store(to + levels * G, tl.sum(tl.reshape(mix_sums, (T, GP)), 0), one < G)
+    tl.store(dq + at_out, acc.to(dq.dtype.element_ty), row_ok)
 
 
 @triton.jit
-def gather_children(
-    opened, child_bits, families, words, entries, levels, level,
-    COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+def children_dkv(
+    q, kbar, vbar, entropy, level_bias, offsets, family_offsets, words, order, items, dout, lse, delta, partial,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, families, entries, scale,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr,
+    BM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Readers of the nodes of a level, COLUMNS of them (a family) at a time: of every entry (pair, token, place) the family of
-    the node opened there one level up, -1 where an earlier entry of the token has the same, and a word: bit c, the token
-    sees child c of the family and did not open it."""
-    entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    slot = entry // BEAM * levels + level
-    place = entry % BEAM
-    ok = entry < entries
-    above = opened + (slot + 1) * WIDTH + place
-    parents: tl.constexpr = COLUMNS // RADIX
-    node = tl.load(above, ok, -1)
-    before = tl.load(above - 1, ok & (place > 0), -1)
-    family = node // parents
-    first = (node >= 0) & ((before < 0) | (before // parents != family))
-    word = tl.zeros((BM,), tl.int64)
-    for i in tl.static_range(parents):
-        there = ok & (place + i < BEAM)
-        sibling = tl.load(above + i, there, -1)
-        there = there & (sibling >= 0) & (sibling // parents == family)
-        kept = ~tl.load(child_bits + slot * BEAM + place + i, there, -1).to(tl.int64) & ((1 << RADIX) - 1)
-        word |= tl.where(there, kept << (tl.where(there, sibling, 0) % parents * RADIX), 0)
-    tl.store(families + entry, tl.where(first, family, -1), ok)
-    tl.store(words + entry, word, ok)
+    """Per work item, the gradients of the COLUMNS nodes of a family over readers that opened a parent: partial (items, COLUMNS,
+    2 D + 1).
+
+    items (., 3), order: `readers.list_items` of the entries of `readers.gather_children`. words (levels - 1, entries).
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    READERS: tl.constexpr = BM // GP
+    item = tl.program_id(0).to(tl.int64)
+    group = tl.load(items + item * 3)
+    if group >= 0:
+        begin = tl.load(items + item * 3 + 1)
+        count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
+        pair = group // families
+        family = (group % families).to(tl.int32)
+        level = level_of(family, family_offsets, levels)
+        b = pair // num_key_heads
+        kh = pair % num_key_heads
+        d = tl.arange(0, BD)
+        c = tl.arange(0, COLUMNS)
+        row = tl.arange(0, BM)
+        g = row % GP
+        reader = row // GP
+        order += begin
+        # Entries count from the pair's first one of the level on.
+        ahead = level.to(tl.int64) * entries + pair * num_tokens * BEAM
+        words += ahead
+        entry = (tl.load(order + reader, reader < count, ahead) - ahead).to(tl.int32)
+        first_node = tl.load(offsets + level)
+        node = (family - tl.load(family_offsets + level)) * COLUMNS + c
+        c_ok = node < tl.load(offsets + level + 1) - first_node
+        node_row = (b * num_nodes + first_node + node) * num_key_heads + kh
+        kt = load_rows(kbar, node_row, c_ok, D, d, D)
+        vt = load_rows(vbar, node_row, c_ok, D, d, D)
+        # Nodes beyond the level: exp2(-inf) is 0. Rows beyond the readers: their word is 0.
+        h = tl.load(entropy + node_row, c_ok, float("-inf")) * LOG2E
+        head = kh * G + g
+        bias = tl.load(level_bias + head * levels + level, g < G, 0.0) * LOG2E
+        q += b * sqb + kh * G * sqh
+        at_pair = b * num_tokens * num_heads + kh * G
+        dk = tl.zeros((COLUMNS, BD), tl.float32)
+        dv = tl.zeros((COLUMNS, BD), tl.float32)
+        dh = tl.zeros((COLUMNS,), tl.float32)
+        for r0 in tl.range(0, count, READERS):
+            ok = (r0 + reader < count) & (g < G)
+            row_ok = ok[:, None] & (d < D)[None, :]
+            token = (entry // BEAM).to(tl.int64)
+            qt = tl.load(q + (token * sqn + g * sqh)[:, None] + d[None, :], row_ok, 0.0)
+            at = at_pair + token * num_heads + g
+            do = tl.load(dout + at[:, None] * D + d[None, :], row_ok, 0.0)
+            lse2 = tl.load(lse + at, ok, 0.0) * LOG2E
+            dl = tl.load(delta + at, ok, 0.0)
+            word = tl.load(words + entry, ok, 0)
+            beyond = r0 + READERS + reader
+            entry = (tl.load(order + beyond, beyond < count, ahead) - ahead).to(tl.int32)
+            keep = ((word[:, None] >> c[None, :]) & 1) != 0
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+            p = tl.where(keep, tl.exp2(s + (h[None, :] + (bias - lse2)[:, None])), 0.0)
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
+            ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
+            dk = tl.dot(tl.trans(ds.to(qt.dtype)), qt, dk, input_precision=PREC)
+            dh += tl.sum(ds, 0)
+        at = partial + (item * COLUMNS + c)[:, None] * (2 * D + 1) + d[None, :]
+        mask = (d < D)[None, :] & (c >= 0)[:, None]
+        tl.store(at, dk * scale, mask)
+        tl.store(at + D, dv, mask)
+        tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
 
 
 @triton.jit

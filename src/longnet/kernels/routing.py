@@ -48,32 +48,40 @@ def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
 
 @triton.jit
 def unite(
-    opened, scratch, united, members, places, sizes, num_tokens, levels, level, first_token, most,
+    opened, scratch, united, members, places, sizes, num_tokens, levels, first_level, first_token, most,
     T: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The nodes of a level that any token of a tile opened.
+    """The nodes of a level, first_level + z, that any token of a tile opened: the columns of the level below it.
 
-    united (pairs, tiles, most) int32, ascending; sizes (pairs, tiles) int32; members (pairs, tiles, most) int32: bit t, token t
-    opened it; places (pairs, tiles, most, T) int16, -1 filled: at which place. scratch (pairs, tiles, T BEAM) int64.
+    Tables of the level below, one level after the other: united (pairs, tiles, most) int32, ascending; sizes (pairs, tiles)
+    int32; members (pairs, tiles, most) int32: bit t, token t opened it; places (pairs, tiles, most, T) int16, -1 where it did
+    not: at which place. scratch (., pairs, tiles, T BEAM) int64.
     """
     E: tl.constexpr = T * BEAM
     NOTHING: tl.constexpr = 1 << 60
     pair = tl.program_id(1).to(tl.int64)
+    level = first_level + tl.program_id(2)
+    tables = tl.num_programs(0) * tl.num_programs(1)
     tile = pair * tl.num_programs(0) + tl.program_id(0)
+    scratch += (tl.program_id(2) * tables + tile) * E
+    tile += (level - 1) * tables
     e = tl.arange(0, E)
     token = first_token + tl.program_id(0) * T + e // BEAM
     at = ((pair * num_tokens + token) * levels + level) * WIDTH + e % BEAM
     node = tl.load(opened + at, token < num_tokens, -1).to(tl.int64)
     key = tl.sort(tl.where(node >= 0, node * E + e, NOTHING))
-    tl.store(scratch + tile * E + e, key)
+    tl.store(scratch + e, key)
     tl.debug_barrier()
-    before = tl.load(scratch + tile * E + e - 1, e > 0, NOTHING)
+    before = tl.load(scratch + e - 1, e > 0, NOTHING)
     some = key < NOTHING
     new = some & (before // E != key // E)
     u = tl.cumsum(new.to(tl.int32), 0) - 1
     size = tl.sum(new.to(tl.int32), 0)
     tl.store(united + tile * most + u, (key // E).to(tl.int32), new)
     tl.store(sizes + tile, size)
+    for t in tl.static_range(T):
+        tl.store(places + (tile * most + e) * T + t, -1, e < size)
+    tl.debug_barrier()
     entry = (key % E).to(tl.int32)
     tl.store(places + (tile * most + u) * T + entry // BEAM, (entry % BEAM).to(tl.int16), some)
     tl.debug_barrier()
@@ -86,13 +94,14 @@ def unite(
 
 @triton.jit
 def mark(
-    base_bits, child_bits, places, sizes, kept, num_tokens, levels, level, first_token, most, columns,
+    base_bits, child_bits, places, sizes, kept, num_tokens, levels, first_token, most, columns,
     BLOCK: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
     GUARD: tl.constexpr, BEAM: tl.constexpr,
 ):  # fmt: skip
-    """kept (pairs, tiles, columns) int32, bit t: token t of the tile sees this column of the level and did not open it."""
+    """kept (levels, pairs, tiles, columns) int32, bit t: token t of the tile sees this column of the level and did not open it."""
     pair = tl.program_id(1).to(tl.int64)
-    tile = pair * tl.num_programs(0) + tl.program_id(0)
+    level = tl.program_id(2)
+    tile = (level * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
     t0 = first_token + tl.program_id(0) * T
     lo, hi = list_of_level(tl.maximum(0, t0 // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
     union_size = tl.load(sizes + tile, level < levels - 1, 0)
@@ -128,6 +137,8 @@ def score(
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tile = pair * tl.num_programs(0) + tl.program_id(0)
+    scores += tile * T * width
+    tile += level * tl.num_programs(0) * tl.num_programs(1)
     b = pair // num_key_heads
     kh = pair % num_key_heads
     t0 = first_token + tl.program_id(0) * T
@@ -166,7 +177,7 @@ def score(
             top = new
         share = tl.where(row_ok & (mass > 0), 1.0 / (tl.where(mass > 0, mass, 1.0) * G), 0.0)
         t = tl.arange(0, T)
-        to = scores + (tile * T + t)[:, None] * width
+        to = scores + t[:, None] * width
         for begin in tl.range(0, size, BC):
             c = begin + tl.arange(0, BC)
             is_child = c < union_size * RADIX
@@ -189,20 +200,29 @@ def score(
 
 @triton.jit
 def select(
-    scores, opened, base_bits, child_bits, num_tokens, levels, level, first_token, width,
+    scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, num_leaves, width,
     BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     PARENTS: tl.constexpr, LISTED: tl.constexpr, TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
 ):  # fmt: skip
     """Which of its candidates of a level every token opens: the best scores, of equal ones the first.
 
-    PARENTS, LISTED: powers of two that no token's opened parents and listed nodes exceed. opened (B, K, N, levels, WIDTH)
+    PARENTS, LISTED, PLACES: powers of two that no token's opened parents, listed nodes and WIDTH exceed. opened (B, K, N, levels, WIDTH)
     int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the c-th listed node is opened;
     child_bits (B, K, N, levels, BEAM) int32, bit c of entry e at level l: child c of the e-th node opened at l + 1 is opened.
+    leaves (pairs, tokens of the chunk, TOP_K) int32, at level 0: the opened leaf numbered through all pairs, or their number
+    where there is none.
     """
     token = first_token + tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     first = tl.maximum(0, token // BLOCK - WINDOW + 1)
-    if (first > 0) & (token < num_tokens):
+    mine = pair * tl.num_programs(0) + tl.program_id(0)
+    leaves += mine * TOP_K
+    nothing = num_leaves * tl.num_programs(1)
+    place = tl.arange(0, PLACES)
+    if token >= num_tokens:
+        tl.store(leaves + place, nothing, (place < TOP_K) & (level == 0))
+    else:
         slot = (pair * num_tokens + token) * levels
         lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
         above = opened + (slot + tl.minimum(level + 1, levels - 1)) * WIDTH
@@ -215,10 +235,10 @@ def select(
         count = tl.where(level == 0, TOP_K, BEAM)
         search = total > count
         # The scores are at least 0, so their bits order like integers.
-        mine = scores + (pair * tl.num_programs(0) + tl.program_id(0)) * width
-        of_child = tl.load(mine + child, is_child & search, 0.0).to(tl.int32, bitcast=True)
+        scores += mine * width
+        of_child = tl.load(scores + child, is_child & search, 0.0).to(tl.int32, bitcast=True)
         of_child = tl.where(is_child, of_child, -1)
-        of_listed = tl.load(mine + parents * RADIX + listed, is_listed & search, 0.0).to(
+        of_listed = tl.load(scores + parents * RADIX + listed, is_listed & search, 0.0).to(
             tl.int32, bitcast=True
         )
         of_listed = tl.where(is_listed, of_listed, -1)
@@ -243,11 +263,20 @@ def select(
         takes_listed = (of_listed > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
         takes_listed = tl.where(search, takes_listed, is_listed)
         parent = tl.load(above + child // RADIX, takes_child, 0)
+        child_node = parent * RADIX + child % RADIX
         to = opened + (slot + level) * WIDTH
-        place = tl.cumsum(takes_child.to(tl.int32), 0) - 1
-        tl.store(to + place, parent * RADIX + child % RADIX, takes_child)
-        place = tl.sum(takes_child.to(tl.int32), 0) + tl.cumsum(takes_listed.to(tl.int32), 0) - 1
-        tl.store(to + place, lo + listed, takes_listed)
+        at_child = tl.cumsum(takes_child.to(tl.int32), 0) - 1
+        children = tl.sum(takes_child.to(tl.int32), 0)
+        at_listed = children + tl.cumsum(takes_listed.to(tl.int32), 0) - 1
+        taken = children + tl.sum(takes_listed.to(tl.int32), 0)
+        tl.store(to + at_child, child_node, takes_child)
+        tl.store(to + at_listed, lo + listed, takes_listed)
+        tl.store(to + place, -1, (place >= taken) & (place < WIDTH))
+        if level == 0:
+            number = pair.to(tl.int32) * num_leaves
+            tl.store(leaves + at_child, number + child_node, takes_child)
+            tl.store(leaves + at_listed, number + lo + listed, takes_listed)
+            tl.store(leaves + place, nothing, (place >= taken) & (place < TOP_K))
         tl.store(base_bits + slot + level, tl.sum(takes_listed.to(tl.int32) << listed, 0))
         words = tl.sum(tl.reshape(takes_child.to(tl.int32) << (child % RADIX), (PARENTS, RADIX)), 1)
         entry = tl.arange(0, PARENTS)

@@ -1,0 +1,132 @@
+"""Gradients through what was opened: of the far queries per tile of tokens, of opened leaves and of opened nodes' children."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from longnet.attention import opened_work
+from longnet.attention.far_work import (
+    PLACE_STAGES,
+    Geometry,
+    Shape,
+    child_tile,
+    far_tile,
+    leaf_tile,
+    strides,
+)
+from longnet.attention.opened_work import Chunk, Leaves, Routes, Tables, chunks, families_of
+from longnet.kernels import leaves, opened_backward, readers
+
+
+class Opened(NamedTuple):
+    """The tensors that these kernels share. lse, delta (B, N, H): what a token's heads need lies side by side."""
+
+    shape: Shape
+    geometry: Geometry
+    scale: float
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kbar: Tensor
+    vbar: Tensor
+    entropy: Tensor
+    level_bias: Tensor
+    router_mix: Tensor
+    offsets: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    @property
+    def summaries(self) -> tuple[Tensor, ...]:
+        return self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        shape = self.shape
+        return shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, self.geometry.levels
+
+    def children(self, routes: Routes, dnodes: Tensor) -> None:
+        """Add to dnodes (B, nodes, K, 2 D + 1) the gradients of nodes from the tokens that opened their parent."""
+        shape, geometry = self.shape, self.geometry
+        before, families = families_of(geometry, self.q.device)
+        if not families:
+            return
+        words, work = opened_work.children(routes, shape, geometry)
+        tile, width = child_tile(shape, geometry, self.q.dtype), 2 * shape.width + 1
+        columns = tile["COLUMNS"]
+        partial = torch.empty(len(work.items), columns * width, device=self.q.device)
+        opened_backward.children_dkv[(len(work.items),)](
+            self.q, *self.summaries, before, words, work.order, work.items, self.dout, self.lse, self.delta, partial,
+            *strides(self.q), *self.sizes, families, words.shape[1], self.scale, **tile,
+        )  # fmt: skip
+        readers.add_children[(len(work.ranges), triton.cdiv(columns * width, 1024))](
+            partial, work.ranges, before, self.offsets, dnodes, *self.sizes[1::2], geometry.levels, families,
+            WIDTH=width, COLUMNS=columns, BW=1024, num_warps=4,
+        )  # fmt: skip
+
+    def leaves(
+        self, routes: Routes, dq: Tensor, add: bool, dv_sum: Tensor, dnodes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dk, dv, dbias, dmix. Adds to dnodes; dq is stored, or `add`ed to what it holds; dv_sum (B, N, K, D) fp32 holds the
+        other gradients of v, and is used up."""
+        shape, levels = self.shape, self.geometry.levels
+        parts = chunks(shape, self.geometry, self.q.element_size(), opened_work.CHUNK_BYTES)
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
+        dk_sum = dv_sum if len(parts) == 1 else torch.empty_like(dv_sum)
+        tiles = sum(chunk.tiles for chunk in parts)
+        dparameters = torch.empty(
+            shape.batch, shape.key_heads, tiles, levels + 1, shape.group, device=self.q.device
+        )
+        done = 0
+        for i, (chunk, opened) in enumerate(zip(parts, routes.leaves, strict=True)):
+            part, score, mix = self._leaves_of(opened, chunk, (dk_sum, dv_sum, dk, dv, dnodes), i, len(parts))
+            tables = Tables.of(routes, shape, self.geometry, chunk)
+            opened_backward.far_dq[tables.grid](
+                self.q, *self.summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, score, mix,
+                self.dout, self.lse, self.delta, dq, dparameters, *strides(self.q), *self.sizes, self.scale, chunk.first,
+                tables.most, tables.columns, done, tiles, TOP_K=self.geometry.top_k, WIDTH=self.geometry.width,
+                STAGES=PLACE_STAGES, ADD=add, **far_tile(shape, self.geometry, self.q.dtype, "dq"),
+            )  # fmt: skip
+            done += chunk.tiles
+        sums = dparameters.sum((0, 2)).transpose(1, 2).reshape(shape.heads, levels + 1)
+        return dk, dv, sums[:, :levels], sums[:, levels]
+
+    def _leaves_of(
+        self, opened: Leaves, chunk: Chunk, sums: tuple[Tensor, ...], number: int, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The readers of one chunk of tokens: what they add to every leaf; and dq, dsbar, dbeta of every place."""
+        shape, geometry, device = self.shape, self.geometry, self.q.device
+        items, leaf_count = len(opened.items), geometry.sizes[0]
+        tile = leaf_tile(shape, self.q.dtype, "backward")
+        part = torch.empty(*opened.logits.shape, shape.width, dtype=self.q.dtype, device=device)
+        score, mix = torch.empty_like(opened.logits), torch.empty_like(opened.logits)
+        item_dkv = torch.empty(items, 2 * geometry.block * shape.width, device=device)
+        item_dnode = torch.empty(items, shape.width + 1, device=device)
+        leaves.leaf_backward[(items,)](
+            self.q, self.k, self.v, self.kbar, self.router_mix, opened.order, opened.items, opened.logits, self.dout, self.lse,
+            self.delta, part, score, mix, item_dkv, item_dnode, *strides(self.q), *strides(self.k), *strides(self.v),
+            shape.tokens, self.kbar.shape[1], leaf_count, shape.heads, shape.key_heads, chunk.first, chunk.tokens, self.scale,
+            BLOCK=geometry.block, TOP_K=geometry.top_k, **tile,
+        )  # fmt: skip
+        readers.add_leaves[(triton.cdiv(shape.tokens, geometry.block), geometry.block // 16, shape.pairs)](
+            item_dkv, item_dnode, opened.ranges, *sums, shape.tokens, leaf_count, self.kbar.shape[1], shape.key_heads,
+            D=tile["D"], BD=tile["BD"], BLOCK=geometry.block, ROWS=16, FIRST=number == 0, LAST=number == count - 1,
+            num_warps=4,
+        )  # fmt: skip
+        return part, score, mix
+
+
+def opened_gradients(
+    given: Opened, routes: Routes, dq: Tensor, joint: bool, dv_sum: Tensor, dnodes: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dk, dv, dbias, dmix of the far keys, of all values and of the parameters; adds to dnodes and, if `joint`, to dq."""
+    given.children(routes, dnodes)
+    if not joint:
+        # Queries without a far context have no tile.
+        dq[:, : given.geometry.window * given.geometry.block] = 0
+    return given.leaves(routes, dq, joint, dv_sum, dnodes)

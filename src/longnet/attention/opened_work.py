@@ -1,0 +1,221 @@
+"""What tokens opened, ordered for the Triton kernels: chunks of tokens, columns of their tiles, readers of nodes."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from longnet.attention.far_work import (
+    COLUMNS,
+    READERS,
+    SELECT_WARPS,
+    Geometry,
+    Shape,
+    cover_constants,
+    far_tile,
+    strides,
+    tokens_per_tile,
+)
+from longnet.kernels import readers, routing
+
+# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
+CHUNK_BYTES = 2**30
+
+
+class Chunk(NamedTuple):
+    """Tokens [first, first + tiles * tile) of all sequences, whose opened leaves are attended to together."""
+
+    first: int
+    tiles: int
+    tile: int
+
+    @property
+    def tokens(self) -> int:
+        return self.tiles * self.tile
+
+
+@functools.lru_cache(maxsize=64)
+def chunks(shape: Shape, geometry: Geometry, element_size: int, limit: int) -> tuple[Chunk, ...]:
+    """The sequence in chunks of whole blocks whose places' results fit in `limit` bytes; none where nothing is far."""
+    tile = tokens_per_tile(shape.group)
+    token = shape.batch * shape.heads * geometry.top_k * shape.width * element_size
+    size = max(1, limit // token // geometry.block) * geometry.block
+    begin = geometry.window * geometry.block
+    return tuple(
+        Chunk(first, triton.cdiv(min(size, shape.tokens - first), tile), tile)
+        for first in range(begin, shape.tokens, size)
+    )
+
+
+class Readers(NamedTuple):
+    """Readers by group, as `kernels.readers` lists them: order (their flat numbers, sorted), items, ranges."""
+
+    order: Tensor
+    items: Tensor
+    ranges: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, groups: int, most: int) -> Readers:
+        """keys: the group of every reader, `groups` where it reads none. Nothing waits for the device."""
+        keys, order = torch.sort(keys.view(-1), stable=True)
+        count = len(keys)
+        total = groups + count // most
+        items = torch.empty(total, 3, dtype=torch.int64, device=keys.device)
+        ranges = torch.empty(groups, 2, dtype=torch.int64, device=keys.device)
+        readers.list_items[(triton.cdiv(groups, 64),)](
+            keys, items, ranges, count, groups, most, total, count.bit_length(), BG=64, num_warps=2
+        )
+        return cls(order, items, ranges)
+
+
+class Leaves(NamedTuple):
+    """The opened leaves of a chunk's tokens: their readers, and the logit (log2) of every place's summary."""
+
+    order: Tensor
+    items: Tensor
+    ranges: Tensor
+    logits: Tensor
+
+
+class Routes(NamedTuple):
+    """What every token opened. opened (B, K, N, levels, width) int32, -1 filled; the others are bit masks of the same choice,
+    undefined where nothing is far."""
+
+    opened: Tensor
+    base_bits: Tensor
+    child_bits: Tensor
+    leaves: list[Leaves]
+
+    @classmethod
+    def empty(cls, shape: Shape, geometry: Geometry, device: torch.device) -> Routes:
+        lead = (shape.batch, shape.key_heads, shape.tokens, geometry.levels)
+        whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
+        opened = whole(*lead, geometry.width)
+        opened[:, :, : geometry.window * geometry.block] = -1
+        return cls(opened, whole(*lead), whole(*lead, geometry.beam), [])
+
+    def flat(self) -> tuple[Tensor, ...]:
+        return *self[:3], *(x for leaves in self.leaves for x in leaves)
+
+    @classmethod
+    def of(cls, flat: tuple[Tensor, ...]) -> Routes:
+        return cls(*flat[:3], [Leaves(*flat[i : i + 4]) for i in range(3, len(flat), 4)])
+
+
+class Tables:
+    """Columns of a chunk's tiles: `united`, `sizes`, `members`, `places`, `kept` of `kernels.routing`, per level."""
+
+    def __init__(self, shape: Shape, geometry: Geometry, chunk: Chunk, device: torch.device) -> None:
+        self.shape, self.geometry, self.chunk = shape, geometry, chunk
+        above = max((0, *geometry.sizes[1:]))
+        self.most = max(1, min(chunk.tile * geometry.beam, above))
+        self.columns = self.most * geometry.radix + geometry.listed
+        lead = (geometry.levels, shape.pairs, chunk.tiles)
+        whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
+        self.united, self.members = whole(*lead, self.most), whole(*lead, self.most)
+        self.sizes, self.kept = whole(lead), whole(*lead, self.columns)
+        self.places = torch.empty(*lead, self.most, chunk.tile, dtype=torch.int16, device=device)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.chunk.tiles, self.shape.pairs
+
+    def unite(self, routes: Routes, level: int, count: int = 1) -> None:
+        """The columns below `level` and the `count` - 1 levels above it, from what the tokens opened there."""
+        entries = self.chunk.tile * self.geometry.beam
+        scratch = torch.empty(count, *self.united.shape[1:3], entries, dtype=torch.int64, device=self.kept.device)
+        routing.unite[(*self.grid, count)](
+            routes.opened, scratch, self.united, self.members, self.places, self.sizes,
+            self.shape.tokens, self.geometry.levels, level, self.chunk.first, self.most,
+            T=self.chunk.tile, BEAM=self.geometry.beam, WIDTH=self.geometry.width, num_warps=2,
+        )  # fmt: skip
+
+    def mark(self, routes: Routes) -> None:
+        """Which columns stay summaries."""
+        geometry = self.geometry
+        routing.mark[(*self.grid, geometry.levels)](
+            routes.base_bits, routes.child_bits, self.places, self.sizes, self.kept,
+            self.shape.tokens, geometry.levels, self.chunk.first, self.most, self.columns,
+            T=self.chunk.tile, BC=128, BEAM=geometry.beam, num_warps=4, **cover_constants(geometry),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk) -> Tables:
+        tables = cls(shape, geometry, chunk, routes.opened.device)
+        if geometry.levels > 1:
+            tables.unite(routes, 1, geometry.levels - 1)
+        tables.mark(routes)
+        return tables
+
+
+def route(
+    q: Tensor,
+    kbar: Tensor,
+    entropy: Tensor,
+    offsets: Tensor,
+    routes: Routes,
+    shape: Shape,
+    geometry: Geometry,
+    chunk: Chunk,
+    scale: float,
+) -> tuple[Tables, Readers]:
+    """Open nodes for the tokens of a chunk, from the coarsest level down; the readers of the leaves that they opened."""
+    tables = Tables(shape, geometry, chunk, q.device)
+    leaves = geometry.sizes[0]
+    keys = torch.empty(shape.pairs, chunk.tokens, geometry.top_k, dtype=torch.int32, device=q.device)
+    constants = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
+    constants |= {"LISTED": geometry.listed, "PLACES": triton.next_power_of_2(geometry.width)}
+    for level in range(geometry.levels - 1, -1, -1):
+        parents = geometry.parents(level)
+        places = parents * geometry.radix + geometry.listed
+        scores = keys
+        if geometry.sizes[level] > (geometry.beam if level else geometry.top_k):
+            scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
+            _score(q, kbar, entropy, offsets, routes, tables, scores, level, scale)
+        routing.select[(chunk.tokens, shape.pairs)](
+            scores, *routes[:3], keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
+            PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
+        )  # fmt: skip
+        if level:
+            tables.unite(routes, level)
+    tables.mark(routes)
+    return tables, Readers.of(keys, shape.pairs * leaves, READERS)
+
+
+def _score(q, kbar, entropy, offsets, routes, tables, scores, level, scale) -> None:
+    """Where there are no more nodes than places all are opened, and nobody asks for their scores."""
+    shape, geometry = tables.shape, tables.geometry
+    routing.score[tables.grid](
+        q, kbar, entropy, offsets, routes.opened, tables.united, tables.members, tables.places, tables.sizes, scores,
+        *strides(q), shape.tokens, kbar.shape[1], shape.key_heads, geometry.levels, level, scale, tables.chunk.first,
+        tables.most, scores.shape[2], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width,
+        **far_tile(shape, geometry, q.dtype, "score"),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def families_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, int]:
+    """Families of COLUMNS nodes of the levels that have parents: how many lie before each level, and all of them."""
+    counts = [-(-size // COLUMNS) for size in geometry.sizes[: geometry.levels - 1]]
+    before = [sum(counts[:level]) for level in range(geometry.levels)]
+    return torch.tensor(before, dtype=torch.int32, device=device), sum(counts)
+
+
+def children(routes: Routes, shape: Shape, geometry: Geometry) -> tuple[Tensor, Readers]:
+    """Readers of the children of all opened nodes, by family of COLUMNS nodes, and their words (levels - 1, entries)."""
+    device = routes.opened.device
+    before, families = families_of(geometry, device)
+    groups, lead = shape.pairs * families, (geometry.levels - 1, shape.pairs * shape.tokens * geometry.beam)
+    keys = torch.empty(lead, dtype=torch.int32, device=device)
+    words = torch.empty(lead, dtype=torch.int64, device=device)
+    readers.gather_children[(triton.cdiv(lead[1], 256), lead[0])](
+        routes.opened, routes.child_bits, before, keys, words, lead[1], shape.tokens * geometry.beam, geometry.levels,
+        families, groups,
+        COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, BM=256, num_warps=4,
+    )  # fmt: skip
+    # An item leaves 64 KiB behind, so their number is bounded.
+    return words, Readers.of(keys, groups, max(READERS, keys.numel() // 4096))

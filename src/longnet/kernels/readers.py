@@ -1,0 +1,173 @@
+"""Readers ordered by what they read: work items of the kernels that own a node, and the sums over a node's items.
+
+A group is what a program owns: a leaf block, or COLUMNS neighbouring nodes of a level (a family), numbered through all pairs
+of sequence and key head. Readers are sorted by group; an item is a group with up to `most` of its readers. No atomics: an
+item's sums are stored and added in their order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_at_least(keys, key, count, steps):
+    """Index of the first of `count` ascending keys that is >= key, by `steps` halvings."""
+    low = key * 0
+    high = low + count
+    for _ in range(steps):
+        middle = (low + high) // 2
+        less = tl.load(keys + middle, low < high, 0) < key
+        high = tl.where((low < high) & (less == 0), middle, high)
+        low = tl.where((low < high) & less, middle + 1, low)
+    return low
+
+
+@triton.jit
+def list_items(keys, items, ranges, count, groups, most, total, steps, BG: tl.constexpr):
+    """Work items of `groups` groups from the ascending group numbers of `count` readers; larger keys belong to none.
+
+    items (total, 3) int64: group (-1: no work), first and last reader. ranges (groups, 2) int64: a group's items. Where a
+    group's items begin follows from where its readers begin, without a sum over the groups before: up to one item of a
+    group stays empty for that.
+    """
+    group = tl.program_id(0) * BG + tl.arange(0, BG)
+    ok = group < groups
+    begin = first_at_least(keys, group, count, steps).to(tl.int64)
+    end = first_at_least(keys, group + 1, count, steps).to(tl.int64)
+    first = begin // most + group
+    number = (end - begin + most - 1) // most
+    room = end // most + group + 1 - first
+    tl.store(ranges + group * 2, first, ok)
+    tl.store(ranges + group * 2 + 1, first + number, ok)
+    for i in range(tl.max(tl.where(ok, room, 0), 0)):
+        at = items + (first + i) * 3
+        there = ok & (i < room)
+        tl.store(at, tl.where(i < number, group, -1), there)
+        tl.store(at + 1, begin + i * most, there)
+        tl.store(at + 2, tl.minimum(begin + (i + 1) * most, end), there)
+    # What lies behind the last group's items is no work.
+    listed = first_at_least(keys, groups, count, steps) // most + groups
+    last = tl.num_programs(0) * BG
+    for at in range(listed + tl.program_id(0) * BG, total, last):
+        rest = at + tl.arange(0, BG)
+        tl.store(items + rest.to(tl.int64) * 3, -1, rest < total)
+
+
+@triton.jit
+def gather_children(
+    opened, child_bits, family_offsets, keys, words, entries, entries_of_pair, levels, families, groups,
+    COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Readers of the children of opened nodes, of all levels: keys and words (levels - 1, entries).
+
+    An entry is (pair, token, place of a node opened one level up). Its key: the family of that node's children, `groups`
+    where there is none or an earlier entry of the token has the same. Its word: bit c, the token sees child c of the family
+    and did not open it. family_offsets (levels,): families of the levels below, of `families` in all.
+    """
+    level = tl.program_id(1)
+    entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    slot = entry // BEAM * levels + level
+    place = entry % BEAM
+    ok = entry < entries
+    above = opened + (slot + 1) * WIDTH + place
+    PARENTS: tl.constexpr = COLUMNS // RADIX
+    node = tl.load(above, ok, -1)
+    before = tl.load(above - 1, ok & (place > 0), -1)
+    family = node // PARENTS
+    first = (node >= 0) & ((before < 0) | (before // PARENTS != family))
+    word = tl.zeros((BM,), tl.int64)
+    for i in tl.static_range(PARENTS):
+        there = ok & (place + i < BEAM)
+        sibling = tl.load(above + i, there, -1)
+        there = there & (sibling >= 0) & (sibling // PARENTS == family)
+        kept = ~tl.load(child_bits + slot * BEAM + place + i, there, -1).to(tl.int64) & ((1 << RADIX) - 1)
+        word |= tl.where(there, kept << (tl.where(there, sibling, 0) % PARENTS * RADIX), 0)
+    key = (entry // entries_of_pair).to(tl.int32) * families + tl.load(family_offsets + level) + family
+    to = level.to(tl.int64) * entries + entry
+    tl.store(keys + to, tl.where(first, key, groups), ok)
+    tl.store(words + to, word, ok)
+
+
+@triton.jit
+def level_of(family, family_offsets, levels):
+    """The level whose families include number `family`."""
+    level = 0
+    for above in range(1, levels - 1):
+        level += (family >= tl.load(family_offsets + above)).to(tl.int32)
+    return level
+
+
+@triton.jit
+def add_children(
+    partial, ranges, family_offsets, offsets, dnodes, num_nodes, num_key_heads, levels, families,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Add to dnodes (B, nodes, K, WIDTH) the sums of the groups' items, partial (items, COLUMNS, WIDTH)."""
+    group = tl.program_id(0)
+    begin = tl.load(ranges + group * 2)
+    end = tl.load(ranges + group * 2 + 1)
+    if end > begin:
+        pair = group // families
+        family = group % families
+        level = level_of(family, family_offsets, levels)
+        first = tl.load(offsets + level)
+        at = tl.program_id(1) * BW + tl.arange(0, BW)
+        node = (family - tl.load(family_offsets + level)) * COLUMNS + at // WIDTH
+        ok = (at < COLUMNS * WIDTH) & (node < tl.load(offsets + level + 1) - first)
+        row = ((pair // num_key_heads).to(tl.int64) * num_nodes + first + node) * num_key_heads
+        to = dnodes + (row + pair % num_key_heads) * WIDTH + at % WIDTH
+        total = tl.load(to, ok, 0.0)
+        for item in range(begin, end):
+            total += tl.load(partial + item * COLUMNS * WIDTH + at, ok, 0.0)
+        tl.store(to, total, ok)
+
+
+@triton.jit
+def add_leaves(
+    partial, partial_node, ranges, dk_sum, dv_sum, dk, dv, dnodes, num_tokens, num_leaves, num_nodes, num_key_heads,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of the leaves' items, partial (items, 2, BLOCK, D) to dk_sum, dv_sum (B, N, K, D) fp32 and partial_node
+    (items, D + 1) to dnodes (B, nodes, K, 2 D + 1).
+
+    FIRST: dk_sum holds nothing yet. LAST: the sums are stored to dk, dv instead, rounded. Tokens beyond the leaves included.
+    """
+    leaf = tl.program_id(0)
+    pair = tl.program_id(2)
+    b = (pair // num_key_heads).to(tl.int64)
+    kh = pair % num_key_heads
+    inside = leaf < num_leaves
+    group = pair * num_leaves + leaf
+    begin = tl.load(ranges + group * 2, inside, 0)
+    end = tl.load(ranges + group * 2 + 1, inside, 0)
+    d = tl.arange(0, BD)
+    c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = leaf * BLOCK + c
+    ok = (token < num_tokens)[:, None] & (d < D)[None, :]
+    row = (b * num_tokens + token) * num_key_heads + kh
+    at = row[:, None] * D + d[None, :]
+    dk_total = tl.zeros((ROWS, BD), tl.float32)
+    if not FIRST:
+        dk_total = tl.load(dk_sum + at, ok, 0.0)
+    dv_total = tl.load(dv_sum + at, ok, 0.0)
+    for item in range(begin, end):
+        here = partial + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
+        dk_total += tl.load(here, ok, 0.0)
+        dv_total += tl.load(here + BLOCK * D, ok, 0.0)
+    if LAST:
+        tl.store(dk + at, dk_total.to(dk.dtype.element_ty), ok)
+        tl.store(dv + at, dv_total.to(dv.dtype.element_ty), ok)
+    else:
+        tl.store(dk_sum + at, dk_total, ok)
+        tl.store(dv_sum + at, dv_total, ok)
+    if (tl.program_id(1) == 0) & (end > begin):
+        to = dnodes + ((b * num_nodes + leaf) * num_key_heads + kh) * (2 * D + 1)
+        dkbar = tl.load(to + d, d < D, 0.0)
+        dh = tl.load(to + 2 * D)
+        for item in range(begin, end):
+            dkbar += tl.load(partial_node + item * (D + 1) + d, d < D, 0.0)
+            dh += tl.load(partial_node + item * (D + 1) + D)
+        tl.store(to + d, dkbar, d < D)
+        tl.store(to + 2 * D, dh)
