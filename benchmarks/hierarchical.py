@@ -25,7 +25,7 @@ from run import environment
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 GROUPS = ("cover", "whole", "cost", "memory")
 # Seconds that the timed calls of one direction may take together, beyond the least number of them.
-PATIENCE = 4.0
+PATIENCE = 2.0
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:
@@ -36,8 +36,9 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 
 
 def pattern_of(case: Case, small: bool) -> HierarchicalPattern:
-    patterns = (SMALL, SMALL_COVER) if small else (OPENED, COVER)
-    return patterns[case.who == "cover"]
+    if case.who == "cover":
+        return SMALL_COVER if small else COVER
+    return SMALL if small else OPENED[case.beam]
 
 
 def attention(case: Case, options: argparse.Namespace) -> Attention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,16 +11,24 @@ from torch import Tensor
 
 from longnet.attention import opened_work
 from longnet.attention.far_work import (
+    COLUMNS,
     PLACE_STAGES,
     Geometry,
     Shape,
-    child_tile,
     far_tile,
-    leaf_tile,
+    reader_tile,
     strides,
 )
 from longnet.attention.opened_work import Chunk, Leaves, Routes, Tables, chunks, families_of
 from longnet.kernels import leaves, opened_backward, readers
+
+
+class Nodes(NamedTuple):
+    """Gradients of the summaries: (B, nodes, K, D) twice and (B, nodes, K), fp32."""
+
+    dkbar: Tensor
+    dvbar: Tensor
+    dentropy: Tensor
 
 
 class Opened(NamedTuple):
@@ -50,29 +59,28 @@ class Opened(NamedTuple):
         shape = self.shape
         return shape.tokens, self.kbar.shape[1], shape.heads, shape.key_heads, self.geometry.levels
 
-    def children(self, routes: Routes, dnodes: Tensor) -> None:
-        """Add to dnodes (B, nodes, K, 2 D + 1) the gradients of nodes from the tokens that opened their parent."""
+    def children(self, routes: Routes, nodes: Nodes) -> None:
+        """Add the gradients of nodes from the tokens that opened their parent."""
         shape, geometry = self.shape, self.geometry
         before, families = families_of(geometry, self.q.device)
         if not families:
             return
         words, work = opened_work.children(routes, shape, geometry)
-        tile, width = child_tile(shape, geometry, self.q.dtype), 2 * shape.width + 1
-        columns = tile["COLUMNS"]
-        partial = torch.empty(len(work.items), columns * width, device=self.q.device)
+        tile, width = reader_tile(shape, self.q.dtype, "children"), 2 * shape.width + 1
+        partial = torch.empty(len(work.items), COLUMNS * width, device=self.q.device)
         opened_backward.children_dkv[(len(work.items),)](
             self.q, *self.summaries, before, words, work.order, work.items, self.dout, self.lse, self.delta, partial,
-            *strides(self.q), *self.sizes, families, words.shape[1], self.scale, **tile,
+            *strides(self.q), *self.sizes, families, words.shape[1], self.scale, BEAM=geometry.beam, COLUMNS=COLUMNS, **tile,
         )  # fmt: skip
-        readers.add_children[(len(work.ranges), triton.cdiv(columns * width, 1024))](
-            partial, work.ranges, before, self.offsets, dnodes, *self.sizes[1::2], geometry.levels, families,
-            WIDTH=width, COLUMNS=columns, BW=1024, num_warps=4,
+        readers.add_children[(len(work.ranges), COLUMNS // min(8, COLUMNS))](
+            partial, work.ranges, before, self.offsets, *nodes, *self.sizes[1::2], geometry.levels, families,
+            D=tile["D"], BD=tile["BD"], COLUMNS=COLUMNS, ROWS=min(8, COLUMNS), num_warps=4,
         )  # fmt: skip
 
     def leaves(
-        self, routes: Routes, dq: Tensor, add: bool, dv_sum: Tensor, dnodes: Tensor
+        self, routes: Routes, kept: Sequence[Leaves], dq: Tensor, add: bool, dv_sum: Tensor, nodes: Nodes
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dk, dv, dbias, dmix. Adds to dnodes; dq is stored, or `add`ed to what it holds; dv_sum (B, N, K, D) fp32 holds the
+        """dk, dv, dbias, dmix. Adds to nodes; dq is stored, or `add`ed to what it holds; dv_sum (B, N, K, D) fp32 holds the
         other gradients of v, and is used up."""
         shape, levels = self.shape, self.geometry.levels
         parts = chunks(shape, self.geometry, self.q.element_size(), opened_work.CHUNK_BYTES)
@@ -83,11 +91,11 @@ class Opened(NamedTuple):
             shape.batch, shape.key_heads, tiles, levels + 1, shape.group, device=self.q.device
         )
         done = 0
-        for i, (chunk, opened) in enumerate(zip(parts, routes.leaves, strict=True)):
-            part, score, mix = self._leaves_of(opened, chunk, (dk_sum, dv_sum, dk, dv, dnodes), i, len(parts))
+        for i, (chunk, opened) in enumerate(zip(parts, kept, strict=True)):
+            part, slopes = self._leaves_of(opened, chunk, (dk_sum, dv_sum, dk, dv, nodes.dkbar, nodes.dentropy), i, len(parts))
             tables = Tables.of(routes, shape, self.geometry, chunk)
             opened_backward.far_dq[tables.grid](
-                self.q, *self.summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, score, mix,
+                self.q, *self.summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, slopes,
                 self.dout, self.lse, self.delta, dq, dparameters, *strides(self.q), *self.sizes, self.scale, chunk.first,
                 tables.most, tables.columns, done, tiles, TOP_K=self.geometry.top_k, WIDTH=self.geometry.width,
                 STAGES=PLACE_STAGES, ADD=add, **far_tile(shape, self.geometry, self.q.dtype, "dq"),
@@ -98,19 +106,19 @@ class Opened(NamedTuple):
 
     def _leaves_of(
         self, opened: Leaves, chunk: Chunk, sums: tuple[Tensor, ...], number: int, count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The readers of one chunk of tokens: what they add to every leaf; and dq, dsbar, dbeta of every place."""
+    ) -> tuple[Tensor, Tensor]:
+        """The readers of one chunk of tokens: what they add to every leaf; dq of every place, and (2, ..) dsbar and dbeta."""
         shape, geometry, device = self.shape, self.geometry, self.q.device
         items, leaf_count = len(opened.items), geometry.sizes[0]
-        tile = leaf_tile(shape, self.q.dtype, "backward")
-        part = torch.empty(*opened.logits.shape, shape.width, dtype=self.q.dtype, device=device)
-        score, mix = torch.empty_like(opened.logits), torch.empty_like(opened.logits)
+        tile = reader_tile(shape, self.q.dtype, "leaf backward")
+        part = torch.empty(*opened.logits.shape[1:], shape.width, dtype=self.q.dtype, device=device)
+        slopes = torch.empty_like(opened.logits)
         item_dkv = torch.empty(items, 2 * geometry.block * shape.width, device=device)
         item_dnode = torch.empty(items, shape.width + 1, device=device)
         leaves.leaf_backward[(items,)](
             self.q, self.k, self.v, self.kbar, self.router_mix, opened.order, opened.items, opened.logits, self.dout, self.lse,
-            self.delta, part, score, mix, item_dkv, item_dnode, *strides(self.q), *strides(self.k), *strides(self.v),
-            shape.tokens, self.kbar.shape[1], leaf_count, shape.heads, shape.key_heads, chunk.first, chunk.tokens, self.scale,
+            self.delta, part, slopes, item_dkv, item_dnode, *strides(self.q), *strides(self.k), *strides(self.v),
+            shape.tokens, self.kbar.shape[1], leaf_count, shape.heads, shape.key_heads, chunk.first, chunk.tokens, opened.logits[0].numel(), self.scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **tile,
         )  # fmt: skip
         readers.add_leaves[(triton.cdiv(shape.tokens, geometry.block), geometry.block // 16, shape.pairs)](
@@ -118,15 +126,15 @@ class Opened(NamedTuple):
             D=tile["D"], BD=tile["BD"], BLOCK=geometry.block, ROWS=16, FIRST=number == 0, LAST=number == count - 1,
             num_warps=4,
         )  # fmt: skip
-        return part, score, mix
+        return part, slopes
 
 
 def opened_gradients(
-    given: Opened, routes: Routes, dq: Tensor, joint: bool, dv_sum: Tensor, dnodes: Tensor
+    given: Opened, routes: Routes, kept: Sequence[Leaves], dq: Tensor, joint: bool, dv_sum: Tensor, nodes: Nodes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dk, dv, dbias, dmix of the far keys, of all values and of the parameters; adds to dnodes and, if `joint`, to dq."""
-    given.children(routes, dnodes)
+    """dk, dv, dbias, dmix of the far keys, of all values and of the parameters; adds to the nodes and, if `joint`, to dq."""
+    given.children(routes, nodes)
     if not joint:
         # Queries without a far context have no tile.
         dq[:, : given.geometry.window * given.geometry.block] = 0
-    return given.leaves(routes, dq, joint, dv_sum, dnodes)
+    return given.leaves(routes, kept, dq, joint, dv_sum, nodes)

@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def chunks(shape: Shape, geometry: Geometry, element_size: int, limit: int) -> tuple[Chunk, ...]:
-    """The sequence in chunks of whole blocks whose places' results fit in `limit` bytes; none where nothing is far."""
+    """The sequence in chunks of whole blocks whose places' results fit in `limit` bytes."""
     tile = tokens_per_tile(shape.group)
     token = shape.batch * shape.heads * geometry.top_k * shape.width * element_size
     size = max(1, limit // token // geometry.block) * geometry.block
@@ -73,7 +73,8 @@ class Readers(NamedTuple):
 
 
 class Leaves(NamedTuple):
-    """The opened leaves of a chunk's tokens: their readers, and the logit (log2) of every place's summary."""
+    """What the backward pass wants of a chunk's opened leaves: `Readers`, and of every place and head the log2 of the leaf's mass
+    and its score, (2, pairs, tokens, top_k, group) fp32."""
 
     order: Tensor
     items: Tensor
@@ -88,7 +89,6 @@ class Routes(NamedTuple):
     opened: Tensor
     base_bits: Tensor
     child_bits: Tensor
-    leaves: list[Leaves]
 
     @classmethod
     def empty(cls, shape: Shape, geometry: Geometry, device: torch.device) -> Routes:
@@ -96,14 +96,7 @@ class Routes(NamedTuple):
         whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
         opened = whole(*lead, geometry.width)
         opened[:, :, : geometry.window * geometry.block] = -1
-        return cls(opened, whole(*lead), whole(*lead, geometry.beam), [])
-
-    def flat(self) -> tuple[Tensor, ...]:
-        return *self[:3], *(x for leaves in self.leaves for x in leaves)
-
-    @classmethod
-    def of(cls, flat: tuple[Tensor, ...]) -> Routes:
-        return cls(*flat[:3], [Leaves(*flat[i : i + 4]) for i in range(3, len(flat), 4)])
+        return cls(opened, whole(*lead), whole(*lead, geometry.beam))
 
 
 class Tables:
@@ -177,7 +170,7 @@ def route(
             scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
             _score(q, kbar, entropy, offsets, routes, tables, scores, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
-            scores, *routes[:3], keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
+            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
             PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
         if level:

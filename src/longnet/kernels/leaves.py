@@ -26,14 +26,13 @@ def load_summary(at, d, D: tl.constexpr):
 
 @triton.jit
 def leaf_forward(
-    q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight, part_score,
-    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_nodes, num_leaves, num_key_heads, levels, first_token, chunk, scale,
+    q, k, v, kbar, entropy, level_bias, order, items, part, logits, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
+    num_nodes, num_leaves, num_key_heads, levels, first_token, chunk, apart, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Softmax means, log2 of the weights W and the summary's logits (log2) of opened leaves: part (pairs, chunk, TOP_K, G, D),
-    part_weight and part_score alike without D.
+    """Of opened leaves the softmax means, part (pairs, chunk, TOP_K, G, D); and, `apart` numbers apart, the log2 of their mass and
+    their score sbar in log2, logits (2, pairs, chunk, TOP_K, G).
 
     items (., 3): leaf numbered through pairs of sequence and key head (-1: none), first and last place in `order`. order:
     positions in (pairs, chunk, TOP_K), sorted by leaf.
@@ -55,44 +54,43 @@ def leaf_forward(
         row = tl.arange(0, BM)
         g = row % GP
         reader = row // GP
-        places = order + begin
-        place = tl.load(places + reader, reader < count, 0).to(tl.int64)
+        order += begin
+        place = tl.load(order + reader, reader < count, 0).to(tl.int64)
         kt = load_rows(k + b * skb + kh * skh, at, at >= 0, skn, d, D)
         vt = load_rows(v + b * svb + kh * svh, at, at >= 0, svn, d, D)
         node_row = (b * num_nodes + leaf) * num_key_heads + kh
         kb = load_summary(kbar + node_row * D, d, D)
-        h = tl.load(entropy + node_row) * LOG2E
-        q_row = q + b * sqb + (first_token - pair * chunk) * sqn + (kh * G + g) * sqh
-        bias = tl.load(level_bias + (kh * G + g) * levels, g < G, 0.0) * LOG2E + h
-        beta = tl.load(router_mix + kh * G + g, g < G, 1.0)
+        bias = tl.load(level_bias + (kh * G + g) * levels, g < G, 0.0) + tl.load(entropy + node_row)
+        q += b * sqb + (first_token - pair * chunk) * sqn + kh * G * sqh
         for r0 in tl.range(0, count, READERS):
             ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & d_ok[None, :]
-            qt = tl.load((q_row + place // TOP_K * sqn)[:, None] + d[None, :], row_ok, 0.0)
+            qt = tl.load(q + (place // TOP_K * sqn + g * sqh)[:, None] + d[None, :], row_ok, 0.0)
             to = place * G + g
-            place = tl.load(places + r0 + READERS + reader, r0 + READERS + reader < count, 0).to(tl.int64)
+            ahead = r0 + READERS + reader
+            place = tl.load(order + ahead, ahead < count, 0).to(tl.int64)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             mass = tl.sum(p, 1)
-            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * (scale * LOG2E) + bias
-            o = tl.dot(p.to(vt.dtype), vt, input_precision=PREC) * (1.0 / mass)[:, None]
+            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * scale + bias
+            o = tl.dot(p.to(vt.dtype), vt, input_precision=PREC) * (1 / mass)[:, None]
             tl.store(part + to[:, None] * D + d[None, :], o.to(part.dtype.element_ty), row_ok)
-            tl.store(part_weight + to, (1 - beta) * (top + tl.log2(mass)) + beta * sbar, ok)
-            tl.store(part_score + to, sbar, ok)
+            tl.store(logits + to, top + tl.log2(mass), ok)
+            tl.store(logits + apart + to, sbar * LOG2E, ok)
 
 
 @triton.jit
 def leaf_backward(
-    q, k, v, kbar, router_mix, order, items, logits, dout, lse, delta, part, part_score, part_mix, dkv, dnode,
+    q, k, v, kbar, router_mix, order, items, logits, dout, lse, delta, part, slopes, dkv, dnode,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_tokens, num_nodes, num_leaves, num_heads, num_key_heads, first_token, chunk, scale,
+    num_tokens, num_nodes, num_leaves, num_heads, num_key_heads, first_token, chunk, apart, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Of every work item the sums over its readers, dkv (items, 2, BLOCK, D) and dnode (items, D + 1) = dkbar, dH; of every
-    place dq in part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in part_score, part_mix (pairs, chunk, TOP_K, G). logits:
-    part_score of the forward pass. lse, delta (B, N, H)."""
+    place dq in part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in slopes (2, pairs, chunk, TOP_K, G). lse, delta (B, N, H).
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
     item = tl.program_id(0).to(tl.int64)
@@ -111,17 +109,15 @@ def leaf_backward(
         row = tl.arange(0, BM)
         g = row % GP
         reader = row // GP
-        places = order + begin
-        place = tl.load(places + reader, reader < count, 0).to(tl.int64)
+        order += begin
+        place = tl.load(order + reader, reader < count, 0).to(tl.int64)
         kt = load_rows(k + b * skb + kh * skh, at, c >= 0, skn, d, D)
         vt = load_rows(v + b * svb + kh * svh, at, c >= 0, svn, d, D)
-        node_row = (b * num_nodes + leaf) * num_key_heads + kh
-        kb = load_summary(kbar + node_row * D, d, D)
-        head = kh * G + g
+        kb = load_summary(kbar + ((b * num_nodes + leaf) * num_key_heads + kh) * D, d, D)
         ahead = first_token - pair * chunk
-        q_row = q + b * sqb + ahead * sqn + head * sqh
-        at_row = (b * num_tokens + ahead) * num_heads + head
-        beta = tl.load(router_mix + head, g < G, 1.0)
+        q += b * sqb + ahead * sqn + kh * G * sqh
+        at_pair = (b * num_tokens + ahead) * num_heads + kh * G
+        beta = tl.load(router_mix + kh * G + g, g < G, 1.0)
         dk = tl.zeros((BLOCK, BD), tl.float32)
         dv = tl.zeros((BLOCK, BD), tl.float32)
         dkb = tl.zeros((BD, 16), tl.float32)
@@ -131,37 +127,37 @@ def leaf_backward(
             ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & d_ok[None, :]
             token = place // TOP_K
-            qt = tl.load((q_row + token * sqn)[:, None] + d[None, :], row_ok, 0.0)
-            at_out = at_row + token * num_heads
-            do = tl.load(dout + at_out[:, None] * D + d[None, :], row_ok, 0.0)
+            qt = tl.load(q + (token * sqn + g * sqh)[:, None] + d[None, :], row_ok, 0.0)
+            at = at_pair + token * num_heads + g
+            do = tl.load(dout + at[:, None] * D + d[None, :], row_ok, 0.0)
+            # Rows beyond the readers: their weight is exp2(-inf).
+            lse2 = tl.load(lse + at, ok, float("inf")) * LOG2E
+            dl = tl.load(delta + at, ok, 0.0)
             to = place * G + g
-            lse2 = tl.load(lse + at_out, ok, float("inf")) * LOG2E
-            dl = tl.load(delta + at_out, ok, 0.0)
-            sbar = tl.load(logits + to, ok, 0.0)
-            place = tl.load(places + r0 + READERS + reader, r0 + READERS + reader < count, 0).to(tl.int64)
+            mass = tl.load(logits + to, ok, 0.0)
+            sbar = tl.load(logits + apart + to, ok, 0.0)
+            next = r0 + READERS + reader
+            place = tl.load(order + next, next < count, 0).to(tl.int64)
+            log_weight = mass + beta * (sbar - mass) - lse2
+            weight = tl.exp2(log_weight)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
-            top = tl.max(s, 1)
-            p = tl.exp2(s - top[:, None])
-            mass = tl.sum(p, 1)
-            lse_leaf = top + tl.log2(mass)
-            weight = tl.exp2((1 - beta) * lse_leaf + beta * sbar - lse2)
-            share = weight / mass
-            dv = tl.dot(tl.trans((p * share[:, None]).to(do.dtype)), do, dv, input_precision=PREC)
+            # P p of every token, and its sum with dp: P times the mean. A weight of 0 has none.
+            p = tl.exp2(s + (log_weight - mass)[:, None])
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
             dp = tl.dot(do, tl.trans(vt), input_precision=PREC)
-            mean = tl.sum(p * dp, 1) / mass
-            dw = weight * (mean - dl)
-            # P p (dp - mean) + (1 - beta) p dW
-            middle = beta * mean + (1 - beta) * dl
-            dx = (p * share[:, None] * (dp - middle[:, None])).to(qt.dtype)
+            mean = tl.sum(p * dp, 1)
+            dw = mean - weight * dl
+            mean = beta * mean / tl.maximum(weight, 1e-30) + (1 - beta) * dl
+            dx = (p * (dp - mean[:, None])).to(qt.dtype)
             dk = tl.dot(tl.trans(dx), qt, dk, input_precision=PREC)
             dsbar = beta * dw
             dh += dsbar
+            tl.store(slopes + to, dsbar, ok)
+            tl.store(slopes + apart + to, dw * (sbar - mass) * 0.6931471805599453, ok)
             ds = tl.where(first, dsbar[:, None], 0.0).to(qt.dtype)
             dkb = tl.dot(tl.trans(qt), ds, dkb, input_precision=PREC)
             dq = tl.dot(dx, kt, tl.dot(ds, kb, input_precision=PREC), input_precision=PREC) * scale
             tl.store(part + to[:, None] * D + d[None, :], dq.to(part.dtype.element_ty), row_ok)
-            tl.store(part_score + to, dsbar, ok)
-            tl.store(part_mix + to, dw * (sbar - lse_leaf) * 0.6931471805599453, ok)
         at = dkv + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
         tile_ok = d_ok[None, :] & (c >= 0)[:, None]
         tl.store(at, dk * scale, tile_ok)

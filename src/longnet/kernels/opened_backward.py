@@ -18,7 +18,7 @@ from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 @triton.jit
 def far_dq(
-    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, part_score, part_mix,
+    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, slopes,
     dout, lse, delta, dq, dparameters,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     first_tile, all_tiles,
@@ -28,7 +28,7 @@ def far_dq(
     PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of the far queries, and per tile dparameters (pairs, all_tiles, levels + 1, G), of the level biases and the mix: the
-    summaries' share, and the sum of the places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`).
+    summaries' share, and the sum of the places' (part, slopes of `leaves.leaf_backward`).
     ADD: to what dq holds."""
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
@@ -87,13 +87,14 @@ def far_dq(
         if level > 0:
             tl.store(to + level * G, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
     acc = acc * scale
+    apart = tables.to(tl.int64) * T * TOP_K * G
     places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
     mix_sums = tl.zeros((T * GP,), tl.float32)
     for n in tl.range(0, places, num_stages=STAGES):
         place = ((tile * T + t_row) * TOP_K + n) * G + g
         acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-        sums += tl.load(part_score + place, ok, 0.0)
-        mix_sums += tl.load(part_mix + place, ok, 0.0)
+        sums += tl.load(slopes + place, ok, 0.0)
+        mix_sums += tl.load(slopes + apart + place, ok, 0.0)
     if ADD:
         acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
     tl.store(to, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
@@ -174,96 +175,3 @@ def children_dkv(
         tl.store(at, dk * scale, mask)
         tl.store(at + D, dv, mask)
         tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
-
-
-@triton.jit
-def node_dkv(
-    q, kbar, vbar, entropy, level_bias, offsets, bounds, base_bits, words, readers, items, dout, lse, delta, partial,
-    sqb, sqn, sqh,
-    num_tokens, num_nodes, num_heads, num_key_heads, levels, level, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    BEAM: tl.constexpr, BM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """Per work item, the gradients of COLUMNS neighbouring summaries over some readers: partial (items, COLUMNS, 2 D + 1).
-
-    items (., 4) int64: pair of sequence and key head (-1: none), number of the family, first and last reader. LISTED: readers
-    are the tokens first .. last - 1, which list some of the nodes; MASKED: without those they opened. Else the readers are
-    entries of `gather_children`, in the order of `readers`. bounds (blocks, 2): the lists
-    of the level, [lo, hi) for the queries of every block.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    item = tl.program_id(0).to(tl.int64)
-    pair = tl.load(items + item * 4)
-    if pair >= 0:
-        family = tl.load(items + item * 4 + 1)
-        begin = tl.load(items + item * 4 + 2)
-        count = (tl.load(items + item * 4 + 3) - begin).to(tl.int32) * G
-        b = pair // num_key_heads
-        kh = pair % num_key_heads
-        d = tl.arange(0, BD)
-        c = tl.arange(0, COLUMNS)
-        first_node = tl.load(offsets + level)
-        node = (family * COLUMNS).to(tl.int32) + c
-        c_ok = node < tl.load(offsets + level + 1) - first_node
-        node_row = (b * num_nodes + first_node + node) * num_key_heads + kh
-        kt = load_rows(kbar, node_row, c_ok, D, d, D)
-        vt = load_rows(vbar, node_row, c_ok, D, d, D)
-        h = tl.load(entropy + node_row, c_ok, float("-inf")) * LOG2E
-        dk = tl.zeros((COLUMNS, BD), tl.float32)
-        dv = tl.zeros((COLUMNS, BD), tl.float32)
-        dh = tl.zeros((COLUMNS,), tl.float32)
-        row = tl.arange(0, BM)
-        for r0 in tl.range(0, count, BM):
-            ok = r0 + row < count
-            at_reader = begin + (r0 + row) // G
-            if LISTED:
-                token = at_reader
-                lo = tl.load(bounds + token // BLOCK * 2, ok, 0)
-                hi = tl.load(bounds + token // BLOCK * 2 + 1, ok, 0)
-                keep = (node[None, :] >= lo[:, None]) & (node[None, :] < hi[:, None])
-                if MASKED:
-                    bits = tl.load(base_bits + (pair * num_tokens + token) * levels + level, ok, 0)
-                    keep = keep & (((bits[:, None] >> ((node[None, :] - lo[:, None]) & 31)) & 1) == 0)
-            else:
-                entry = tl.load(readers + at_reader, ok, 0)
-                token = entry // BEAM - pair * num_tokens
-                word = tl.load(words + entry, ok, 0)
-                keep = ((word[:, None] >> c[None, :]) & 1) != 0
-            head = kh * G + (r0 + row) % G
-            row_ok = ok[:, None] & (d < D)[None, :]
-            qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-            at_out = ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :]
-            do = tl.load(dout + at_out, row_ok, 0.0)
-            at_lse = (b * num_heads + head) * num_tokens + token
-            # Rows beyond the readers, and nodes beyond the level: exp2(-inf) is 0.
-            lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
-            dl = tl.load(delta + at_lse, ok, 0.0)
-            bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
-            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
-                h[None, :] + bias[:, None]
-            )
-            p = tl.where(keep, tl.exp2(s), 0.0)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
-            ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
-            dk = tl.dot(tl.trans(ds.to(qt.dtype)), qt, dk, input_precision=PREC)
-            dh += tl.sum(ds, 0)
-        at = partial + (item * COLUMNS + c)[:, None] * (2 * D + 1) + d[None, :]
-        mask = (d < D)[None, :] & (c >= 0)[:, None]
-        tl.store(at, dk * scale, mask)
-        tl.store(at + D, dv, mask)
-        tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
-
-
-@triton.jit
-def sum_items(partial, first_item, out, width, BW: tl.constexpr, ADD: tl.constexpr):
-    """out[group] = or += the sum of partial[first_item[group] : first_item[group + 1]], in that order; no atomics."""
-    group = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BW + tl.arange(0, BW)
-    begin = tl.load(first_item + group)
-    end = tl.load(first_item + group + 1)
-    total = tl.zeros((BW,), tl.float32)
-    if ADD:
-        total = tl.load(out + group * width + at, at < width, 0.0)
-    for item in range(begin, end):
-        total += tl.load(partial + item * width + at, at < width, 0.0)
-    tl.store(out + group * width + at, total, at < width)

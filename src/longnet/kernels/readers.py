@@ -101,10 +101,12 @@ def level_of(family, family_offsets, levels):
 
 @triton.jit
 def add_children(
-    partial, ranges, family_offsets, offsets, dnodes, num_nodes, num_key_heads, levels, families,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BW: tl.constexpr,
+    partial, ranges, family_offsets, offsets, dkbar, dvbar, dentropy, num_nodes, num_key_heads, levels, families,
+    D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add to dnodes (B, nodes, K, WIDTH) the sums of the groups' items, partial (items, COLUMNS, WIDTH)."""
+    """Add to dkbar, dvbar (B, nodes, K, D) and dentropy (B, nodes, K) the sums of the groups' items, partial (items, COLUMNS,
+    2 D + 1)."""
+    WIDTH: tl.constexpr = 2 * D + 1
     group = tl.program_id(0)
     begin = tl.load(ranges + group * 2)
     end = tl.load(ranges + group * 2 + 1)
@@ -113,24 +115,33 @@ def add_children(
         family = group % families
         level = level_of(family, family_offsets, levels)
         first = tl.load(offsets + level)
-        at = tl.program_id(1) * BW + tl.arange(0, BW)
-        node = (family - tl.load(family_offsets + level)) * COLUMNS + at // WIDTH
-        ok = (at < COLUMNS * WIDTH) & (node < tl.load(offsets + level + 1) - first)
-        row = ((pair // num_key_heads).to(tl.int64) * num_nodes + first + node) * num_key_heads
-        to = dnodes + (row + pair % num_key_heads) * WIDTH + at % WIDTH
-        total = tl.load(to, ok, 0.0)
+        c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        d = tl.arange(0, BD)
+        node = (family - tl.load(family_offsets + level)) * COLUMNS + c
+        c_ok = node < tl.load(offsets + level + 1) - first
+        ok = c_ok[:, None] & (d < D)[None, :]
+        row = ((pair // num_key_heads).to(tl.int64) * num_nodes + first + node) * num_key_heads + pair % num_key_heads
+        to = row[:, None] * D + d[None, :]
+        dk = tl.load(dkbar + to, ok, 0.0)
+        dv = tl.load(dvbar + to, ok, 0.0)
+        dh = tl.load(dentropy + row, c_ok, 0.0)
         for item in range(begin, end):
-            total += tl.load(partial + item * COLUMNS * WIDTH + at, ok, 0.0)
-        tl.store(to, total, ok)
+            at = partial + (item * COLUMNS + c) * WIDTH
+            dk += tl.load(at[:, None] + d[None, :], ok, 0.0)
+            dv += tl.load(at[:, None] + D + d[None, :], ok, 0.0)
+            dh += tl.load(at + 2 * D, c_ok, 0.0)
+        tl.store(dkbar + to, dk, ok)
+        tl.store(dvbar + to, dv, ok)
+        tl.store(dentropy + row, dh, c_ok)
 
 
 @triton.jit
 def add_leaves(
-    partial, partial_node, ranges, dk_sum, dv_sum, dk, dv, dnodes, num_tokens, num_leaves, num_nodes, num_key_heads,
+    partial, partial_node, ranges, dk_sum, dv_sum, dk, dv, dkbar, dentropy, num_tokens, num_leaves, num_nodes, num_key_heads,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of the leaves' items, partial (items, 2, BLOCK, D) to dk_sum, dv_sum (B, N, K, D) fp32 and partial_node
-    (items, D + 1) to dnodes (B, nodes, K, 2 D + 1).
+    (items, D + 1) to dkbar (B, nodes, K, D), dentropy (B, nodes, K).
 
     FIRST: dk_sum holds nothing yet. LAST: the sums are stored to dk, dv instead, rounded. Tokens beyond the leaves included.
     """
@@ -143,11 +154,11 @@ def add_leaves(
     begin = tl.load(ranges + group * 2, inside, 0)
     end = tl.load(ranges + group * 2 + 1, inside, 0)
     d = tl.arange(0, BD)
+    d_ok = d < D
     c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     token = leaf * BLOCK + c
-    ok = (token < num_tokens)[:, None] & (d < D)[None, :]
-    row = (b * num_tokens + token) * num_key_heads + kh
-    at = row[:, None] * D + d[None, :]
+    ok = (token < num_tokens)[:, None] & d_ok[None, :]
+    at = ((b * num_tokens + token) * num_key_heads + kh)[:, None] * D + d[None, :]
     dk_total = tl.zeros((ROWS, BD), tl.float32)
     if not FIRST:
         dk_total = tl.load(dk_sum + at, ok, 0.0)
@@ -163,11 +174,11 @@ def add_leaves(
         tl.store(dk_sum + at, dk_total, ok)
         tl.store(dv_sum + at, dv_total, ok)
     if (tl.program_id(1) == 0) & (end > begin):
-        to = dnodes + ((b * num_nodes + leaf) * num_key_heads + kh) * (2 * D + 1)
-        dkbar = tl.load(to + d, d < D, 0.0)
-        dh = tl.load(to + 2 * D)
+        row = (b * num_nodes + leaf) * num_key_heads + kh
+        total = tl.load(dkbar + row * D + d, d_ok, 0.0)
+        dh = tl.load(dentropy + row)
         for item in range(begin, end):
-            dkbar += tl.load(partial_node + item * (D + 1) + d, d < D, 0.0)
+            total += tl.load(partial_node + item * (D + 1) + d, d_ok, 0.0)
             dh += tl.load(partial_node + item * (D + 1) + D)
-        tl.store(to + d, dkbar, d < D)
-        tl.store(to + 2 * D, dh)
+        tl.store(dkbar + row * D + d, total, d_ok)
+        tl.store(dentropy + row, dh)
