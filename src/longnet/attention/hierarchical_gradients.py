@@ -26,7 +26,6 @@ from longnet.attention.opened_work import Leaves, Routes
 from longnet.kernels import cover, cover_keys
 
 
-
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -108,7 +107,9 @@ def backward(
         dmix = torch.zeros_like(router_mix)
     else:
         rows = (x.transpose(1, 2).contiguous() for x in (lse, delta))
-        given = Opened(shape, geometry, scale, q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, dout, *rows)
+        given = Opened(
+            shape, geometry, scale, q, k, v, kbar, vbar, entropy, level_bias, router_mix, offsets, dout, *rows
+        )
         dk, dv, dbias, dmix = opened_gradients(given, routes, kept, dq, joint, dv, nodes)
     return dq, dk, dv, None if joint else dq_local, dk_local, *nodes, dbias, dmix
 

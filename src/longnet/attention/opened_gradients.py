@@ -70,7 +70,8 @@ class Opened(NamedTuple):
         partial = torch.empty(len(work.items), COLUMNS * width, device=self.q.device)
         opened_backward.children_dkv[(len(work.items),)](
             self.q, *self.summaries, before, words, work.order, work.items, self.dout, self.lse, self.delta, partial,
-            *strides(self.q), *self.sizes, families, words.shape[1], self.scale, BEAM=geometry.beam, COLUMNS=COLUMNS, **tile,
+            *strides(self.q), *self.sizes, families, words.shape[1], self.scale, BEAM=geometry.beam, COLUMNS=COLUMNS,
+            WORDS=words.shape[2], **tile,
         )  # fmt: skip
         readers.add_children[(len(work.ranges), COLUMNS // min(8, COLUMNS))](
             partial, work.ranges, before, self.offsets, *nodes, *self.sizes[1::2], geometry.levels, families,
@@ -92,45 +93,69 @@ class Opened(NamedTuple):
         )
         done = 0
         for i, (chunk, opened) in enumerate(zip(parts, kept, strict=True)):
-            part, slopes = self._leaves_of(opened, chunk, (dk_sum, dv_sum, dk, dv, nodes.dkbar, nodes.dentropy), i, len(parts))
-            tables = Tables.of(routes, shape, self.geometry, chunk)
-            opened_backward.far_dq[tables.grid](
-                self.q, *self.summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, slopes,
-                self.dout, self.lse, self.delta, dq, dparameters, *strides(self.q), *self.sizes, self.scale, chunk.first,
-                tables.most, tables.columns, done, tiles, TOP_K=self.geometry.top_k, WIDTH=self.geometry.width,
-                STAGES=PLACE_STAGES, ADD=add, **far_tile(shape, self.geometry, self.q.dtype, "dq"),
+            item_dkv, item_dnode = self._chunk(routes, opened, chunk, dq, add, dparameters, done)
+            readers.add_leaves[(triton.cdiv(shape.tokens, self.geometry.block), self.geometry.block // 16, shape.pairs)](
+                item_dkv, item_dnode, opened.ranges, dk_sum, dv_sum, dk, dv, nodes.dkbar, nodes.dentropy,
+                shape.tokens, self.geometry.sizes[0], self.kbar.shape[1], shape.key_heads,
+                **self.leaf, BLOCK=self.geometry.block, ROWS=16, FIRST=i == 0, LAST=i == len(parts) - 1, num_warps=4,
             )  # fmt: skip
             done += chunk.tiles
         sums = dparameters.sum((0, 2)).transpose(1, 2).reshape(shape.heads, levels + 1)
         return dk, dv, sums[:, :levels], sums[:, levels]
 
-    def _leaves_of(
-        self, opened: Leaves, chunk: Chunk, sums: tuple[Tensor, ...], number: int, count: int
+    @property
+    def leaf(self) -> dict:
+        return {"D": self.shape.width, "BD": max(16, triton.next_power_of_2(self.shape.width))}
+
+    def _chunk(
+        self,
+        routes: Routes,
+        opened: Leaves,
+        chunk: Chunk,
+        dq: Tensor,
+        add: bool,
+        dparameters: Tensor,
+        done: int,
     ) -> tuple[Tensor, Tensor]:
-        """The readers of one chunk of tokens: what they add to every leaf; dq of every place, and (2, ..) dsbar and dbeta."""
+        """The readers of one chunk of tokens: their dq and, per work item, what they add to leaves and to leaves' summaries."""
         shape, geometry, device = self.shape, self.geometry, self.q.device
-        items, leaf_count = len(opened.items), geometry.sizes[0]
-        tile = reader_tile(shape, self.q.dtype, "leaf backward")
+        items, apart = len(opened.items), opened.logits[0].numel()
+        lead = opened.logits.shape[1:4]
         part = torch.empty(*opened.logits.shape[1:], shape.width, dtype=self.q.dtype, device=device)
         slopes = torch.empty_like(opened.logits)
         item_dkv = torch.empty(items, 2 * geometry.block * shape.width, device=device)
-        item_dnode = torch.empty(items, shape.width + 1, device=device)
         leaves.leaf_backward[(items,)](
-            self.q, self.k, self.v, self.kbar, self.router_mix, opened.order, opened.items, opened.logits, self.dout, self.lse,
-            self.delta, part, slopes, item_dkv, item_dnode, *strides(self.q), *strides(self.k), *strides(self.v),
-            shape.tokens, self.kbar.shape[1], leaf_count, shape.heads, shape.key_heads, chunk.first, chunk.tokens, opened.logits[0].numel(), self.scale,
-            BLOCK=geometry.block, TOP_K=geometry.top_k, **tile,
+            self.q, self.k, self.v, self.router_mix, opened.order, opened.items, opened.logits, self.dout, self.lse,
+            self.delta, part, slopes, item_dkv, *strides(self.q), *strides(self.k), *strides(self.v),
+            shape.tokens, geometry.sizes[0], shape.heads, shape.key_heads, chunk.first, chunk.tokens, apart, self.scale,
+            BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, self.q.dtype, "leaf backward"),
         )  # fmt: skip
-        readers.add_leaves[(triton.cdiv(shape.tokens, geometry.block), geometry.block // 16, shape.pairs)](
-            item_dkv, item_dnode, opened.ranges, *sums, shape.tokens, leaf_count, self.kbar.shape[1], shape.key_heads,
-            D=tile["D"], BD=tile["BD"], BLOCK=geometry.block, ROWS=16, FIRST=number == 0, LAST=number == count - 1,
-            num_warps=4,
+        tables = Tables.of(routes, shape, geometry, chunk)
+        rises = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)
+        rise_sums = torch.empty(lead, device=device)
+        places = max(16, triton.next_power_of_2(geometry.top_k))
+        opened_backward.far_dq[tables.grid](
+            self.q, *self.summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, slopes,
+            self.dout, self.lse, self.delta, dq, dparameters, rises, rise_sums, *strides(self.q), *self.sizes, self.scale,
+            chunk.first, tables.most, tables.columns, done, dparameters.shape[2],
+            TOP_K=geometry.top_k, PLACES=places, AT_ONCE=min(chunk.tile, max(1, 64 // places)), WIDTH=geometry.width,
+            STAGES=PLACE_STAGES, ADD=add, **far_tile(shape, geometry, self.q.dtype, "dq"),
         )  # fmt: skip
-        return part, slopes
+        item_dnode = torch.empty(items, shape.width + 1, device=device)
+        leaves.sum_places[(items,)](
+            rises, rise_sums, opened.order, opened.items, item_dnode, **self.leaf, BR=64, num_warps=4
+        )
+        return item_dkv, item_dnode
 
 
 def opened_gradients(
-    given: Opened, routes: Routes, kept: Sequence[Leaves], dq: Tensor, joint: bool, dv_sum: Tensor, nodes: Nodes
+    given: Opened,
+    routes: Routes,
+    kept: Sequence[Leaves],
+    dq: Tensor,
+    joint: bool,
+    dv_sum: Tensor,
+    nodes: Nodes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dk, dv, dbias, dmix of the far keys, of all values and of the parameters; adds to the nodes and, if `joint`, to dq."""
     given.children(routes, nodes)

@@ -120,7 +120,9 @@ class Tables:
     def unite(self, routes: Routes, level: int, count: int = 1) -> None:
         """The columns below `level` and the `count` - 1 levels above it, from what the tokens opened there."""
         entries = self.chunk.tile * self.geometry.beam
-        scratch = torch.empty(count, *self.united.shape[1:3], entries, dtype=torch.int64, device=self.kept.device)
+        scratch = torch.empty(
+            count, *self.united.shape[1:3], entries, dtype=torch.int64, device=self.kept.device
+        )
         routing.unite[(*self.grid, count)](
             routes.opened, scratch, self.united, self.members, self.places, self.sizes,
             self.shape.tokens, self.geometry.levels, level, self.chunk.first, self.most,
@@ -199,16 +201,18 @@ def families_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, int]:
 
 
 def children(routes: Routes, shape: Shape, geometry: Geometry) -> tuple[Tensor, Readers]:
-    """Readers of the children of all opened nodes, by family of COLUMNS nodes, and their words (levels - 1, entries)."""
+    """Readers of the children of all opened nodes, by family of COLUMNS nodes, and their words (levels - 1, entries,
+    COLUMNS / 32)."""
     device = routes.opened.device
     before, families = families_of(geometry, device)
     groups, lead = shape.pairs * families, (geometry.levels - 1, shape.pairs * shape.tokens * geometry.beam)
     keys = torch.empty(lead, dtype=torch.int32, device=device)
-    words = torch.empty(lead, dtype=torch.int64, device=device)
+    words = torch.empty(*lead, triton.cdiv(COLUMNS, 32), dtype=torch.int32, device=device)
     readers.gather_children[(triton.cdiv(lead[1], 256), lead[0])](
         routes.opened, routes.child_bits, before, keys, words, lead[1], shape.tokens * geometry.beam, geometry.levels,
         families, groups,
-        COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, BM=256, num_warps=4,
+        COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, WORDS=words.shape[2],
+        BM=256, num_warps=4,
     )  # fmt: skip
     # An item leaves 64 KiB behind, so their number is bounded.
     return words, Readers.of(keys, groups, max(READERS, keys.numel() // 4096))

@@ -82,14 +82,17 @@ def leaf_forward(
 
 @triton.jit
 def leaf_backward(
-    q, k, v, kbar, router_mix, order, items, logits, dout, lse, delta, part, slopes, dkv, dnode,
+    q, k, v, router_mix, order, items, logits, dout, lse, delta, part, slopes, dkv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_tokens, num_nodes, num_leaves, num_heads, num_key_heads, first_token, chunk, apart, scale,
+    num_tokens, num_leaves, num_heads, num_key_heads, first_token, chunk, apart, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Of every work item the sums over its readers, dkv (items, 2, BLOCK, D) and dnode (items, D + 1) = dkbar, dH; of every
-    place dq in part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in slopes (2, pairs, chunk, TOP_K, G). lse, delta (B, N, H).
+    """Of every work item the sums over its readers, dkv (items, 2, BLOCK, D); of every place dq (without the summary's share) in
+    part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in slopes (2, pairs, chunk, TOP_K, G). lse, delta (B, N, H).
+
+    The summary's own gradients are left to the kernels over tokens and places: here they would be products of one column.
+    Numbers within a chunk have 32 bits: registers are what this kernel lacks.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
@@ -110,34 +113,36 @@ def leaf_backward(
         g = row % GP
         reader = row // GP
         order += begin
-        place = tl.load(order + reader, reader < count, 0).to(tl.int64)
+        first_place = pair * chunk * TOP_K
+        place = (tl.load(order + reader, reader < count, first_place) - first_place).to(tl.int32)
         kt = load_rows(k + b * skb + kh * skh, at, c >= 0, skn, d, D)
         vt = load_rows(v + b * svb + kh * svh, at, c >= 0, svn, d, D)
-        kb = load_summary(kbar + ((b * num_nodes + leaf) * num_key_heads + kh) * D, d, D)
-        ahead = first_token - pair * chunk
-        q += b * sqb + ahead * sqn + kh * G * sqh
-        at_pair = (b * num_tokens + ahead) * num_heads + kh * G
+        q += b * sqb + first_token.to(tl.int64) * sqn + kh * G * sqh
+        at_pair = (b * num_tokens + first_token) * num_heads + kh * G
+        dout += at_pair * D
+        lse += at_pair
+        delta += at_pair
+        part += first_place * G * D
+        logits += first_place * G
+        slopes += first_place * G
         beta = tl.load(router_mix + kh * G + g, g < G, 1.0)
         dk = tl.zeros((BLOCK, BD), tl.float32)
         dv = tl.zeros((BLOCK, BD), tl.float32)
-        dkb = tl.zeros((BD, 16), tl.float32)
-        dh = tl.zeros((BM,), tl.float32)
-        first = (tl.arange(0, 16) == 0)[None, :]
         for r0 in tl.range(0, count, READERS):
             ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & d_ok[None, :]
             token = place // TOP_K
             qt = tl.load(q + (token * sqn + g * sqh)[:, None] + d[None, :], row_ok, 0.0)
-            at = at_pair + token * num_heads + g
-            do = tl.load(dout + at[:, None] * D + d[None, :], row_ok, 0.0)
+            at_out = token * num_heads + g
+            do = tl.load(dout + (at_out * D)[:, None] + d[None, :], row_ok, 0.0)
             # Rows beyond the readers: their weight is exp2(-inf).
-            lse2 = tl.load(lse + at, ok, float("inf")) * LOG2E
-            dl = tl.load(delta + at, ok, 0.0)
+            lse2 = tl.load(lse + at_out, ok, float("inf")) * LOG2E
+            dl = tl.load(delta + at_out, ok, 0.0)
             to = place * G + g
             mass = tl.load(logits + to, ok, 0.0)
             sbar = tl.load(logits + apart + to, ok, 0.0)
-            next = r0 + READERS + reader
-            place = tl.load(order + next, next < count, 0).to(tl.int64)
+            later = r0 + READERS + reader
+            place = (tl.load(order + later, later < count, first_place) - first_place).to(tl.int32)
             log_weight = mass + beta * (sbar - mass) - lse2
             weight = tl.exp2(log_weight)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
@@ -147,20 +152,35 @@ def leaf_backward(
             dp = tl.dot(do, tl.trans(vt), input_precision=PREC)
             mean = tl.sum(p * dp, 1)
             dw = mean - weight * dl
+            tl.store(slopes + to, beta * dw, ok)
+            tl.store(slopes + apart + to, dw * (sbar - mass) * 0.6931471805599453, ok)
             mean = beta * mean / tl.maximum(weight, 1e-30) + (1 - beta) * dl
             dx = (p * (dp - mean[:, None])).to(qt.dtype)
             dk = tl.dot(tl.trans(dx), qt, dk, input_precision=PREC)
-            dsbar = beta * dw
-            dh += dsbar
-            tl.store(slopes + to, dsbar, ok)
-            tl.store(slopes + apart + to, dw * (sbar - mass) * 0.6931471805599453, ok)
-            ds = tl.where(first, dsbar[:, None], 0.0).to(qt.dtype)
-            dkb = tl.dot(tl.trans(qt), ds, dkb, input_precision=PREC)
-            dq = tl.dot(dx, kt, tl.dot(ds, kb, input_precision=PREC), input_precision=PREC) * scale
-            tl.store(part + to[:, None] * D + d[None, :], dq.to(part.dtype.element_ty), row_ok)
+            dq = tl.dot(dx, kt, input_precision=PREC) * scale
+            tl.store(part + (to * D)[:, None] + d[None, :], dq.to(part.dtype.element_ty), row_ok)
         at = dkv + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
         tile_ok = d_ok[None, :] & (c >= 0)[:, None]
         tl.store(at, dk * scale, tile_ok)
         tl.store(at + BLOCK * D, dv, tile_ok)
-        tl.store(dnode + item * (D + 1) + d, tl.sum(dkb, 1) * scale, d_ok)
-        tl.store(dnode + item * (D + 1) + D, tl.sum(dh, 0))
+
+
+@triton.jit
+def sum_places(rises, rise_sums, order, items, dnode, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
+    """Of every work item the sums over its readers of what they give to the leaf's summary: dnode (items, D + 1) = dkbar, dH
+    from rises (pairs, chunk, TOP_K, D), rise_sums alike without D (`opened_backward.far_dq`)."""
+    item = tl.program_id(0).to(tl.int64)
+    if tl.load(items + item * 3) >= 0:
+        begin = tl.load(items + item * 3 + 1)
+        end = tl.load(items + item * 3 + 2)
+        d = tl.arange(0, BD)
+        total = tl.zeros((BR, BD), tl.float32)
+        sums = tl.zeros((BR,), tl.float32)
+        for r0 in range(begin, end, BR):
+            reader = r0 + tl.arange(0, BR)
+            ok = reader < end
+            place = tl.load(order + reader, ok, 0)
+            total += load_rows(rises, place, ok, D, d, D).to(tl.float32)
+            sums += tl.load(rise_sums + place, ok, 0.0)
+        tl.store(dnode + item * (D + 1) + d, tl.sum(total, 0), d < D)
+        tl.store(dnode + item * (D + 1) + D, tl.sum(sums, 0))

@@ -19,17 +19,20 @@ from longnet.kernels.routing import column_nodes, count_places, load_rows
 @triton.jit
 def far_dq(
     q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, slopes,
-    dout, lse, delta, dq, dparameters,
+    dout, lse, delta, dq, dparameters, rises, rise_sums,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     first_tile, all_tiles,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
-    PREC: tl.constexpr,
+    TOP_K: tl.constexpr, PLACES: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    ADD: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of the far queries, and per tile dparameters (pairs, all_tiles, levels + 1, G), of the level biases and the mix: the
-    summaries' share, and the sum of the places' (part, slopes of `leaves.leaf_backward`).
-    ADD: to what dq holds."""
+    summaries' share, and the sum of the places' (part, slopes of `leaves.leaf_backward`). ADD: to what dq holds.
+
+    Of every place also what its leaf's summary gets, rises (pairs, tiles T, TOP_K, D) and without D rise_sums: products over
+    AT_ONCE tokens with PLACES places each, of which every row has its own token's.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -86,6 +89,24 @@ def far_dq(
             sums += tl.sum(ds, 1)
         if level > 0:
             tl.store(to + level * G, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
+    kbar_base = kbar + (b * num_nodes * num_key_heads + kh) * D
+    for t_first in tl.static_range(0, T, AT_ONCE):
+        c = tl.arange(0, AT_ONCE * PLACES)
+        t = t_first + c // PLACES
+        n = c % PLACES
+        there = (n < TOP_K) & (t0 + t < num_tokens)
+        leaf = tl.load(opened + (pair * num_tokens + t0 + t) * levels * WIDTH + n, there, -1)
+        there = leaf >= 0
+        place = (tile * T + t) * TOP_K + n
+        mine = (t_row[:, None] == t[None, :]) & there[None, :] & (g < G)[:, None]
+        ds = tl.load(slopes + place[None, :] * G + g[:, None], mine, 0.0)
+        sums += tl.sum(ds, 1)
+        kt = load_rows(kbar_base, leaf, there, num_key_heads * D, d, D)
+        acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+        rise = tl.dot(tl.trans(ds.to(qt.dtype)), qt, input_precision=PREC) * scale
+        rise_ok = there[:, None] & (d < D)[None, :]
+        tl.store(rises + place[:, None] * D + d[None, :], rise.to(rises.dtype.element_ty), rise_ok)
+        tl.store(rise_sums + place, tl.sum(ds, 0), there)
     acc = acc * scale
     apart = tables.to(tl.int64) * T * TOP_K * G
     places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
@@ -93,7 +114,6 @@ def far_dq(
     for n in tl.range(0, places, num_stages=STAGES):
         place = ((tile * T + t_row) * TOP_K + n) * G + g
         acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-        sums += tl.load(slopes + place, ok, 0.0)
         mix_sums += tl.load(slopes + apart + place, ok, 0.0)
     if ADD:
         acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
@@ -107,12 +127,12 @@ def children_dkv(
     q, kbar, vbar, entropy, level_bias, offsets, family_offsets, words, order, items, dout, lse, delta, partial,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, families, entries, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr,
-    BM: tl.constexpr, PREC: tl.constexpr,
+    WORDS: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Per work item, the gradients of the COLUMNS nodes of a family over readers that opened a parent: partial (items, COLUMNS,
     2 D + 1).
 
-    items (., 3), order: `readers.list_items` of the entries of `readers.gather_children`. words (levels - 1, entries).
+    items (., 3), order: `readers.list_items` of the entries of `readers.gather_children`. words (levels - 1, entries, WORDS).
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
@@ -134,7 +154,7 @@ def children_dkv(
         order += begin
         # Entries count from the pair's first one of the level on.
         ahead = level.to(tl.int64) * entries + pair * num_tokens * BEAM
-        words += ahead
+        words += ahead * WORDS
         entry = (tl.load(order + reader, reader < count, ahead) - ahead).to(tl.int32)
         first_node = tl.load(offsets + level)
         node = (family - tl.load(family_offsets + level)) * COLUMNS + c
@@ -160,10 +180,16 @@ def children_dkv(
             do = tl.load(dout + at[:, None] * D + d[None, :], row_ok, 0.0)
             lse2 = tl.load(lse + at, ok, 0.0) * LOG2E
             dl = tl.load(delta + at, ok, 0.0)
-            word = tl.load(words + entry, ok, 0)
+            word = tl.load(words + entry * WORDS, ok, 0)
+            if WORDS == 2:
+                word = tl.where(
+                    (c < 32)[None, :], word[:, None], tl.load(words + entry * 2 + 1, ok, 0)[:, None]
+                )
+            else:
+                word = word[:, None]
             beyond = r0 + READERS + reader
             entry = (tl.load(order + beyond, beyond < count, ahead) - ahead).to(tl.int32)
-            keep = ((word[:, None] >> c[None, :]) & 1) != 0
+            keep = ((word >> (c & 31)[None, :]) & 1) != 0
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
             p = tl.where(keep, tl.exp2(s + (h[None, :] + (bias - lse2)[:, None])), 0.0)
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)

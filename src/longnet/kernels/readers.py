@@ -58,13 +58,14 @@ def list_items(keys, items, ranges, count, groups, most, total, steps, BG: tl.co
 @triton.jit
 def gather_children(
     opened, child_bits, family_offsets, keys, words, entries, entries_of_pair, levels, families, groups,
-    COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
-    """Readers of the children of opened nodes, of all levels: keys and words (levels - 1, entries).
+    """Readers of the children of opened nodes, of all levels: keys (levels - 1, entries) and words (levels - 1, entries, WORDS).
 
     An entry is (pair, token, place of a node opened one level up). Its key: the family of that node's children, `groups`
-    where there is none or an earlier entry of the token has the same. Its word: bit c, the token sees child c of the family
-    and did not open it. family_offsets (levels,): families of the levels below, of `families` in all.
+    where there is none or an earlier entry of the token has the same. Its words: bit c, the token sees child c of the family and
+    did not open it; 32 bits each. family_offsets (levels,): families of the levels below, of `families` in all.
     """
     level = tl.program_id(1)
     entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -87,7 +88,8 @@ def gather_children(
     key = (entry // entries_of_pair).to(tl.int32) * families + tl.load(family_offsets + level) + family
     to = level.to(tl.int64) * entries + entry
     tl.store(keys + to, tl.where(first, key, groups), ok)
-    tl.store(words + to, word, ok)
+    for i in tl.static_range(WORDS):
+        tl.store(words + to * WORDS + i, (word >> (32 * i)).to(tl.int32), ok)
 
 
 @triton.jit
@@ -120,7 +122,9 @@ def add_children(
         node = (family - tl.load(family_offsets + level)) * COLUMNS + c
         c_ok = node < tl.load(offsets + level + 1) - first
         ok = c_ok[:, None] & (d < D)[None, :]
-        row = ((pair // num_key_heads).to(tl.int64) * num_nodes + first + node) * num_key_heads + pair % num_key_heads
+        row = (
+            (pair // num_key_heads).to(tl.int64) * num_nodes + first + node
+        ) * num_key_heads + pair % num_key_heads
         to = row[:, None] * D + d[None, :]
         dk = tl.load(dkbar + to, ok, 0.0)
         dv = tl.load(dvbar + to, ok, 0.0)
