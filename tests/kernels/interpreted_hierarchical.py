@@ -5,7 +5,7 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import far_work, hierarchical_fused, opened_gradients, opened_work
+from longnet.attention import hierarchical_fused, opened_gradients, opened_work
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
@@ -32,8 +32,8 @@ def main(name: str) -> None:
     if name == "chunks":
         opened_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
     if name == "levels":
-        far_work.COLUMNS = opened_gradients.COLUMNS = opened_work.COLUMNS = 8
-        far_work.READERS = opened_work.READERS = 24
+        opened_gradients.COLUMNS = opened_work.COLUMNS = 8
+        opened_work.LEAF_READERS = opened_work.CHILD_READERS = 24
     torch.manual_seed(0)
     shapes = [
         (1, tokens, heads, width),

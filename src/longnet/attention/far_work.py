@@ -173,9 +173,9 @@ SELECT_WARPS = 1
 
 # (rows, warps, stages, most registers) of the kernels over the readers of a leaf, and of opened nodes' children.
 READER_TILES = {
-    "leaf forward": (64, 4, 2, None),
-    "leaf backward": (128, 8, 1, None),
-    "children": (128, 8, 1, None),
+    "leaf forward": (64, 4, 3, None),
+    "leaf backward": (64, 4, 2, None),
+    "children": (64, 4, 1, 168),
 }
 
 

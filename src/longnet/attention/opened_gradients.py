@@ -11,7 +11,6 @@ from torch import Tensor
 
 from longnet.attention import opened_work
 from longnet.attention.far_work import (
-    COLUMNS,
     PLACE_STAGES,
     Geometry,
     Shape,
@@ -19,7 +18,7 @@ from longnet.attention.far_work import (
     reader_tile,
     strides,
 )
-from longnet.attention.opened_work import Chunk, Leaves, Routes, Tables, chunks, families_of
+from longnet.attention.opened_work import COLUMNS, Chunk, Leaves, Routes, Tables, chunks, families_of
 from longnet.kernels import leaves, opened_backward, readers
 
 

@@ -10,8 +10,6 @@ import triton
 from torch import Tensor
 
 from longnet.attention.far_work import (
-    COLUMNS,
-    READERS,
     SELECT_WARPS,
     Geometry,
     Shape,
@@ -21,6 +19,14 @@ from longnet.attention.far_work import (
     tokens_per_tile,
 )
 from longnet.kernels import readers, routing
+
+# Readers of one work item: enough to amortise its loads, few enough to fill the device; items of children leave 32 KiB each, so
+# their number is bounded.
+LEAF_READERS = 256
+CHILD_READERS, CHILD_ITEMS = 128, 4096
+
+# Neighbouring nodes whose gradients one program sums: the columns of its products, the bits of a reader's words.
+COLUMNS = 32
 
 # Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
 CHUNK_BYTES = 2**30
@@ -178,7 +184,7 @@ def route(
         if level:
             tables.unite(routes, level)
     tables.mark(routes)
-    return tables, Readers.of(keys, shape.pairs * leaves, READERS)
+    return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
 
 
 def _score(q, kbar, entropy, offsets, routes, tables, scores, level, scale) -> None:
@@ -214,5 +220,4 @@ def children(routes: Routes, shape: Shape, geometry: Geometry) -> tuple[Tensor, 
         COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, WORDS=words.shape[2],
         BM=256, num_warps=4,
     )  # fmt: skip
-    # An item leaves 64 KiB behind, so their number is bounded.
-    return words, Readers.of(keys, groups, max(READERS, keys.numel() // 4096))
+    return words, Readers.of(keys, groups, max(CHILD_READERS, keys.numel() // CHILD_ITEMS))

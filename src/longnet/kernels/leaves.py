@@ -126,8 +126,8 @@ def leaf_backward(
         logits += first_place * G
         slopes += first_place * G
         beta = tl.load(router_mix + kh * G + g, g < G, 1.0)
-        dk = tl.zeros((BLOCK, BD), tl.float32)
-        dv = tl.zeros((BLOCK, BD), tl.float32)
+        dk = tl.zeros((BD, BLOCK), tl.float32)
+        dv = tl.zeros((BD, BLOCK), tl.float32)
         for r0 in tl.range(0, count, READERS):
             ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & d_ok[None, :]
@@ -148,7 +148,7 @@ def leaf_backward(
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
             # P p of every token, and its sum with dp: P times the mean. A weight of 0 has none.
             p = tl.exp2(s + (log_weight - mass)[:, None])
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
+            dv = tl.dot(tl.trans(do), p.to(do.dtype), dv, input_precision=PREC)
             dp = tl.dot(do, tl.trans(vt), input_precision=PREC)
             mean = tl.sum(p * dp, 1)
             dw = mean - weight * dl
@@ -156,13 +156,13 @@ def leaf_backward(
             tl.store(slopes + apart + to, dw * (sbar - mass) * 0.6931471805599453, ok)
             mean = beta * mean / tl.maximum(weight, 1e-30) + (1 - beta) * dl
             dx = (p * (dp - mean[:, None])).to(qt.dtype)
-            dk = tl.dot(tl.trans(dx), qt, dk, input_precision=PREC)
+            dk = tl.dot(tl.trans(qt), dx, dk, input_precision=PREC)
             dq = tl.dot(dx, kt, input_precision=PREC) * scale
             tl.store(part + (to * D)[:, None] + d[None, :], dq.to(part.dtype.element_ty), row_ok)
         at = dkv + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
         tile_ok = d_ok[None, :] & (c >= 0)[:, None]
-        tl.store(at, dk * scale, tile_ok)
-        tl.store(at + BLOCK * D, dv, tile_ok)
+        tl.store(at, tl.trans(dk) * scale, tile_ok)
+        tl.store(at + BLOCK * D, tl.trans(dv), tile_ok)
 
 
 @triton.jit

@@ -168,8 +168,8 @@ def children_dkv(
         bias = tl.load(level_bias + head * levels + level, g < G, 0.0) * LOG2E
         q += b * sqb + kh * G * sqh
         at_pair = b * num_tokens * num_heads + kh * G
-        dk = tl.zeros((COLUMNS, BD), tl.float32)
-        dv = tl.zeros((COLUMNS, BD), tl.float32)
+        dk = tl.zeros((BD, COLUMNS), tl.float32)
+        dv = tl.zeros((BD, COLUMNS), tl.float32)
         dh = tl.zeros((COLUMNS,), tl.float32)
         for r0 in tl.range(0, count, READERS):
             ok = (r0 + reader < count) & (g < G)
@@ -192,12 +192,12 @@ def children_dkv(
             keep = ((word >> (c & 31)[None, :]) & 1) != 0
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
             p = tl.where(keep, tl.exp2(s + (h[None, :] + (bias - lse2)[:, None])), 0.0)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
+            dv = tl.dot(tl.trans(do), p.to(do.dtype), dv, input_precision=PREC)
             ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
-            dk = tl.dot(tl.trans(ds.to(qt.dtype)), qt, dk, input_precision=PREC)
+            dk = tl.dot(tl.trans(qt), ds.to(qt.dtype), dk, input_precision=PREC)
             dh += tl.sum(ds, 0)
         at = partial + (item * COLUMNS + c)[:, None] * (2 * D + 1) + d[None, :]
         mask = (d < D)[None, :] & (c >= 0)[:, None]
-        tl.store(at, dk * scale, mask)
-        tl.store(at + D, dv, mask)
+        tl.store(at, tl.trans(dk) * scale, mask)
+        tl.store(at + D, tl.trans(dv), mask)
         tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
