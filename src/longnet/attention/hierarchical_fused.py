@@ -13,6 +13,7 @@ from longnet.attention.far_work import (
     cover_tile,
     far_tile,
     offsets_of,
+    place_tile,
     reader_tile,
     shape_of,
     strides,
@@ -140,14 +141,13 @@ def forward(
         if keep:
             kept.append(Leaves(*readers, logits))
         leaves.leaf_forward[(len(readers.items),)](
-            q, k, v, kbar, entropy, level_bias, readers.order, readers.items, part, logits,
-            *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,
-            chunk.first, chunk.tokens, logits[0].numel(), scale,
+            q, k, v, readers.order, readers.items, part, logits,
+            *strides(q), *strides(k), *strides(v), geometry.sizes[0], shape.key_heads, chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, q.dtype, "leaf forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
             q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, logits,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, q.dtype, "attend"),
+            STAGES=PLACE_STAGES, **place_tile(geometry, chunk.tile), **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
     return out, lse, routes, kept

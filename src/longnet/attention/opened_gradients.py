@@ -15,6 +15,7 @@ from longnet.attention.far_work import (
     Geometry,
     Shape,
     far_tile,
+    place_tile,
     reader_tile,
     strides,
 )
@@ -132,13 +133,11 @@ class Opened(NamedTuple):
         tables = Tables.of(routes, shape, geometry, chunk)
         rises = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)
         rise_sums = torch.empty(lead, device=device)
-        places = max(16, triton.next_power_of_2(geometry.top_k))
         opened_backward.far_dq[tables.grid](
             self.q, *self.summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, slopes,
             self.dout, self.lse, self.delta, dq, dparameters, rises, rise_sums, *strides(self.q), *self.sizes, self.scale,
             chunk.first, tables.most, tables.columns, done, dparameters.shape[2],
-            TOP_K=geometry.top_k, PLACES=places, AT_ONCE=min(chunk.tile, max(1, 64 // places)), WIDTH=geometry.width,
-            STAGES=PLACE_STAGES, ADD=add, **far_tile(shape, geometry, self.q.dtype, "dq"),
+            STAGES=PLACE_STAGES, ADD=add, **place_tile(geometry, chunk.tile), **far_tile(shape, geometry, self.q.dtype, "dq"),
         )  # fmt: skip
         item_dnode = torch.empty(items, shape.width + 1, device=device)
         leaves.sum_places[(items,)](

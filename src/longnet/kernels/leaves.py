@@ -18,21 +18,14 @@ from longnet.kernels.routing import load_rows
 
 
 @triton.jit
-def load_summary(at, d, D: tl.constexpr):
-    """A leaf's summary as the first of 16 rows, the others zero: the least that a tensor-core product takes."""
-    row = tl.arange(0, 16)
-    return tl.load(at + row[:, None] + d[None, :], (row == 0)[:, None] & (d < D)[None, :], 0.0)
-
-
-@triton.jit
 def leaf_forward(
-    q, k, v, kbar, entropy, level_bias, order, items, part, logits, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_nodes, num_leaves, num_key_heads, levels, first_token, chunk, apart, scale,
+    q, k, v, order, items, part, logits, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
+    num_leaves, num_key_heads, first_token, chunk, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Of opened leaves the softmax means, part (pairs, chunk, TOP_K, G, D); and, `apart` numbers apart, the log2 of their mass and
-    their score sbar in log2, logits (2, pairs, chunk, TOP_K, G).
+    """Of opened leaves the softmax means, part (pairs, chunk, TOP_K, G, D), and the log2 of their mass, logits (pairs, chunk,
+    TOP_K, G).
 
     items (., 3): leaf numbered through pairs of sequence and key head (-1: none), first and last place in `order`. order:
     positions in (pairs, chunk, TOP_K), sorted by leaf.
@@ -58,9 +51,6 @@ def leaf_forward(
         place = tl.load(order + reader, reader < count, 0).to(tl.int64)
         kt = load_rows(k + b * skb + kh * skh, at, at >= 0, skn, d, D)
         vt = load_rows(v + b * svb + kh * svh, at, at >= 0, svn, d, D)
-        node_row = (b * num_nodes + leaf) * num_key_heads + kh
-        kb = load_summary(kbar + node_row * D, d, D)
-        bias = tl.load(level_bias + (kh * G + g) * levels, g < G, 0.0) + tl.load(entropy + node_row)
         q += b * sqb + (first_token - pair * chunk) * sqn + kh * G * sqh
         for r0 in tl.range(0, count, READERS):
             ok = (r0 + reader < count) & (g < G)
@@ -73,11 +63,9 @@ def leaf_forward(
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             mass = tl.sum(p, 1)
-            sbar = tl.sum(tl.dot(qt, tl.trans(kb), input_precision=PREC), 1) * scale + bias
             o = tl.dot(p.to(vt.dtype), vt, input_precision=PREC) * (1 / mass)[:, None]
             tl.store(part + to[:, None] * D + d[None, :], o.to(part.dtype.element_ty), row_ok)
             tl.store(logits + to, top + tl.log2(mass), ok)
-            tl.store(logits + apart + to, sbar * LOG2E, ok)
 
 
 @triton.jit

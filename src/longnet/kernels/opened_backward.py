@@ -13,7 +13,7 @@ import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
 from longnet.kernels.readers import level_of
-from longnet.kernels.routing import column_nodes, count_places, load_rows
+from longnet.kernels.routing import column_nodes, count_places, load_rows, places_of
 
 
 @triton.jit
@@ -91,13 +91,10 @@ def far_dq(
             tl.store(to + level * G, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
     kbar_base = kbar + (b * num_nodes * num_key_heads + kh) * D
     for t_first in tl.static_range(0, T, AT_ONCE):
-        c = tl.arange(0, AT_ONCE * PLACES)
-        t = t_first + c // PLACES
-        n = c % PLACES
-        there = (n < TOP_K) & (t0 + t < num_tokens)
-        leaf = tl.load(opened + (pair * num_tokens + t0 + t) * levels * WIDTH + n, there, -1)
-        there = leaf >= 0
-        place = (tile * T + t) * TOP_K + n
+        leaf, place, t, there = places_of(
+            opened + pair * num_tokens * levels * WIDTH, tile * T, t0, t_first, num_tokens, levels,
+            T=AT_ONCE, TOP_K=TOP_K, PLACES=PLACES, WIDTH=WIDTH,
+        )  # fmt: skip
         mine = (t_row[:, None] == t[None, :]) & there[None, :] & (g < G)[:, None]
         ds = tl.load(slopes + place[None, :] * G + g[:, None], mine, 0.0)
         sums += tl.sum(ds, 1)

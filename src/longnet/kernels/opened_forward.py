@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from longnet.kernels.cover import list_of_level
-from longnet.kernels.routing import column_nodes, count_places, load_rows
+from longnet.kernels.routing import column_nodes, count_places, load_rows, places_of
 
 
 @triton.jit
@@ -16,12 +16,15 @@ def far_attend(
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, PREC: tl.constexpr,
+    TOP_K: tl.constexpr, PLACES: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Join unopened summaries and opened leaves with the local result in out and lse, which are replaced.
 
-    united, sizes, kept: the tables of `routing`, one level after the other. part, logits: what `leaves.leaf_forward` left of
-    every place; its weight is W = (1 - beta) mass + beta score.
+    united, sizes, kept: the tables of `routing`, one level after the other. part, logits (2, pairs, tiles T, TOP_K, G): what
+    `leaves.leaf_forward` left of every place; the score sbar (log2) of its summary is stored here. A place's weight is
+    W = (1 - beta) mass + beta sbar. Scores are products over AT_ONCE tokens with PLACES places each, of which every row keeps
+    its own token's.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
@@ -77,6 +80,22 @@ def far_attend(
                 m = new
         beta = tl.load(router_mix + head, ok, 1.0)
         apart = tables.to(tl.int64) * T * TOP_K * G
+        first_row = b * num_nodes * num_key_heads + kh
+        bias = tl.load(level_bias + head * levels, ok, 0.0) * LOG2E
+        for t_first in tl.static_range(0, T, AT_ONCE):
+            leaf, place, t, there = places_of(
+                opened + pair * num_tokens * levels * WIDTH, tile * T, t0, t_first, num_tokens, levels,
+                T=AT_ONCE, TOP_K=TOP_K, PLACES=PLACES, WIDTH=WIDTH,
+            )  # fmt: skip
+            kt = load_rows(kbar + first_row * D, leaf, there, num_key_heads * D, d, D)
+            h = tl.load(entropy + first_row + leaf * num_key_heads, there, 0.0) * LOG2E
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
+                h[None, :] + bias[:, None]
+            )
+            mine = (t_row[:, None] == t[None, :]) & there[None, :] & (g < G)[:, None]
+            tl.store(logits + apart + place[None, :] * G + g[:, None], s, mine)
+        # What one thread stored, others read.
+        tl.debug_barrier()
         places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
         for n in tl.range(0, places, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g

@@ -39,6 +39,21 @@ def count_places(opened, TOP_K: tl.constexpr):
 
 
 @triton.jit
+def places_of(
+    opened, first_tile_token, t0, t_first, num_tokens, levels,
+    T: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The places of tokens t0 + t_first .. of a tile, T of them with PLACES columns each: the leaf opened there, the place's
+    number in (pairs, tiles, tile, TOP_K), the token's in the tile, and whether there is one."""
+    c = tl.arange(0, T * PLACES)
+    t = t_first + c // PLACES
+    n = c % PLACES
+    there = (n < TOP_K) & (t0 + t < num_tokens)
+    leaf = tl.load(opened + (t0 + t).to(tl.int64) * levels * WIDTH + n, there, -1)
+    return leaf, (first_tile_token + t) * TOP_K + n, t, leaf >= 0
+
+
+@triton.jit
 def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
     """Node number of column c."""
     is_child = c < union_size * RADIX
@@ -98,7 +113,7 @@ def mark(
     BLOCK: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
     GUARD: tl.constexpr, BEAM: tl.constexpr,
 ):  # fmt: skip
-    """kept (levels, pairs, tiles, columns) int32, bit t: token t of the tile sees this column of the level and did not open it."""
+    """kept (levels, pairs, tiles, columns) int32, bit t: token t of the tile sees this column of a level and did not open it."""
     pair = tl.program_id(1).to(tl.int64)
     level = tl.program_id(2)
     tile = (level * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
@@ -207,8 +222,8 @@ def select(
 ):  # fmt: skip
     """Which of its candidates of a level every token opens: the best scores, of equal ones the first.
 
-    PARENTS, LISTED, PLACES: powers of two that no token's opened parents, listed nodes and WIDTH exceed. opened (B, K, N, levels, WIDTH)
-    int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the c-th listed node is opened;
+    PARENTS, LISTED, PLACES: powers of two that no token's opened parents, listed nodes and WIDTH exceed. opened (B, K, N, levels,
+    WIDTH) int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the c-th listed node is opened;
     child_bits (B, K, N, levels, BEAM) int32, bit c of entry e at level l: child c of the e-th node opened at l + 1 is opened.
     leaves (pairs, tokens of the chunk, TOP_K) int32, at level 0: the opened leaf numbered through all pairs, or their number
     where there is none.
