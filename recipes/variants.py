@@ -6,6 +6,7 @@ convolution on keys included; what only a tree can use lies idle) and another op
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,6 +22,8 @@ NEVER = -1e4
 # Spread of the convolution's taps at first. From zero, which is the layer's own start, a model needs several times as many steps
 # before it matches a token with what followed it earlier.
 TAPS = 0.5
+# Router mix: 1 while the router learns, lowered to this at the end of a training, which lets the right block outweigh the others.
+MIX = 0.5
 # One segment that no text outgrows: dense attention.
 EVERYTHING = 2**31
 
@@ -39,6 +42,11 @@ class Variant:
     turned: bool = True
     summaries: bool = True
     mix_learned: bool = False
+
+    @property
+    def opens(self) -> bool:
+        """Whether blocks are opened, so that a router and its mix matter."""
+        return self.dilated is None and self.tree.top_k > 0
 
     def keys_share(self, tokens: int, heads: int) -> float:
         """Keys and summaries in the softmax of the last token, as a share of the text (dilated: the mean, against dense)."""
@@ -91,13 +99,16 @@ class LongNetPlainAttention(LongNetHierarchicalAttention):
         return self.o_proj(out.flatten(2))
 
 
-def build(variant: Variant, seed: int, **size: object) -> LongNetForCausalLM:
-    """A model of `size` (fields of LongNetConfig) with this attention; weights depend on the seed alone."""
+def build(variant: Variant, seed: int, taps: float = TAPS, **size: object) -> LongNetForCausalLM:
+    """A model of `size` (fields of LongNetConfig) with this attention; weights depend on the seed alone.
+
+    taps: spread of the convolution's taps at first.
+    """
     torch.manual_seed(seed)
     config = LongNetConfig(attention="hierarchical", hierarchical=asdict(variant.tree), **size)  # type: ignore[arg-type]
     model = LongNetForCausalLM(config)
     for layer in model.model.layers:
-        torch.nn.init.normal_(layer.attention.key_conv, std=TAPS)
+        torch.nn.init.normal_(layer.attention.key_conv, std=taps)
         layer.attention.router_mix.requires_grad_(variant.mix_learned)
     for index, layer in enumerate(model.model.layers):
         if variant.dilated is not None:
@@ -109,3 +120,18 @@ def build(variant: Variant, seed: int, **size: object) -> LongNetForCausalLM:
             torch.nn.init.constant_(layer.attention.level_bias, NEVER)
             layer.attention.level_bias.requires_grad_(False)
     return model
+
+
+def layers(model: LongNetForCausalLM) -> Iterator[LongNetHierarchicalAttention]:
+    """The attention layers, in order."""
+    for module in model.modules():
+        if isinstance(module, LongNetHierarchicalAttention):
+            yield module
+
+
+@torch.no_grad()
+def lower_mix(model: LongNetForCausalLM, done: float) -> None:
+    """The router mix, where it is not learned: 1 at first (done = 0), MIX when it has been lowered (1)."""
+    for layer in layers(model):
+        if not layer.router_mix.requires_grad:
+            layer.router_mix.fill_(1 - (1 - MIX) * min(1.0, max(0.0, done)))
