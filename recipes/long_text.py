@@ -162,7 +162,7 @@ class Run:
             raise ValueError(f"the loss is {last} after {self.bytes} bytes; lower --learning-rate")
 
     def descend(self, progress: Callable[[], float], mixed: bool = True) -> None:
-        """Steps at a rate that falls linearly with `progress()` from 1 - DESCENT to the end, 1; the router mix too, if `mixed`."""
+        """Steps at a rate that falls linearly with `progress()` from 1 - DESCENT to the end, 1; the mix too, if `mixed`."""
         rate = lambda: max(0.0, min(1.0, (1 - progress()) / DESCENT))  # noqa: E731
         while progress() < 1:
             if mixed:
