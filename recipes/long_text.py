@@ -35,6 +35,8 @@ from longnet.text import VOCAB_SIZE, encode
 # Share of the bytes, or of the time, over which the learning rate falls to zero.
 DESCENT = 0.2
 WARMUP = 30
+# Steps that kernels are compiled by.
+WARM = 3
 # Of the budget, for training; the rest measures.
 SHARE = 0.9
 # Steps between two looks at the clock, each of which waits for the device.
@@ -186,6 +188,7 @@ def measure(run: Run, windows: torch.Tensor) -> dict:
 
 def train(variant: Variant, seed: int, setting: Setting, books: Books, windows: torch.Tensor, equal: dict) -> dict:  # fmt: skip
     """One row: the model after equal bytes and after equal seconds."""
+    Run(variant, seed, setting, books).steps_of(WARM)  # compiles, in whatever process, before time counts
     run = Run(variant, seed, setting, books)
     row = {"model": variant.name, "seed": seed, "parameters": sum(p.numel() for p in run.model.parameters())}
     heads, width = setting.size["num_attention_heads"], run.model.config.head_dim
@@ -216,7 +219,7 @@ def speeds(names: list[str], setting: Setting, books: Books) -> dict[str, float]
     found = {}
     for name in names:
         run = Run(setting.variants()[name], 0, setting, books)
-        run.steps_of(3)
+        run.steps_of(WARM)
         run.seconds, before = 0.0, run.bytes
         run.steps_of(2 * LOOK)
         found[name] = (run.bytes - before) / run.seconds

@@ -10,9 +10,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longnet import DilatedPattern, HierarchicalPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
+from longnet import (
+    DilatedPattern,
+    HierarchicalPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    dilated_attention,
+    explain,
+)
 from longnet.attention.hierarchical import unsupported
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.layers import apply_rotary
@@ -59,10 +68,14 @@ class Variant:
 
     def path(self, device: str, heads: int, width: int, tokens: int) -> str:
         """Which implementation runs: on CUDA in bfloat16, elsewhere in float32."""
-        if self.dilated is not None:
-            return "library attention"
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         q = torch.empty(1, 1, heads, width, device=device, dtype=dtype).expand(-1, tokens, -1, -1)
+        if self.dilated is not None:
+            return (
+                "torch's attention"
+                if is_dense(self.dilated)
+                else explain(q, q, q, self.dilated).split("'")[1]
+            )
         reason = unsupported(q, q, self.tree, True)
         return "triton" if reason is None else f"torch: {reason}"
 
@@ -71,8 +84,23 @@ def dense(name: str, tree: HierarchicalPattern, turned: bool = True) -> Variant:
     return Variant(name, tree, DilatedPattern((EVERYTHING,), (1,)), turned)
 
 
+def is_dense(pattern: DilatedPattern) -> bool:
+    """Whether every token sees all before it, whatever the length."""
+    return pattern.segment_lengths == (EVERYTHING,)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention (B, N, H, D) by torch's fastest kernel: what is compared with it must not win by its slowness."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    with sdpa_kernel(
+        [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True
+    ):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
 class LongNetPlainAttention(LongNetHierarchicalAttention):
-    """A hierarchical layer's parameters around dilated attention: the same projections, norms and convolution on keys."""
+    """A hierarchical layer's parameters around another attention: the same projections, norms and convolution on keys."""
 
     def __init__(
         self, config: LongNetConfig, layer_index: int, pattern: DilatedPattern, turned: bool
@@ -95,7 +123,10 @@ class LongNetPlainAttention(LongNetHierarchicalAttention):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, None)).to(v.dtype)
         if self.turned:
             q, k = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
-        out = dilated_attention(q, k, v, self.dilated, causal=self.causal, lengths=lengths).out
+        if lengths is None and self.causal and is_dense(self.dilated):
+            out = dense_attention(q, k, v)
+        else:
+            out = dilated_attention(q, k, v, self.dilated, causal=self.causal, lengths=lengths).out
         return self.o_proj(out.flatten(2))
 
 

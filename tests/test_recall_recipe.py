@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import longnet
 from longnet.attention import hierarchical
 
 LENGTHS = (128, 256, 1024)
@@ -128,6 +129,25 @@ def test_only_angles_tell_a_dense_model_where_a_key_lies():
         with torch.no_grad():
             layer.key_conv.fill_(0.3)
         assert not torch.allclose(layer(embedded[0], rotary)[0, -1], a, atol=1e-4)
+
+
+def test_dense_models_attend_as_one_segment_of_everything_does():
+    """They are computed by another kernel, forward and backward."""
+    recall, variants = load("recall"), load("variants")
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(2, 50, heads, 16, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    pattern = recall.variants()["dense"].dilated
+    results = []
+    for out in (variants.dense_attention(q, k, v), longnet.dilated_attention(q, k, v, pattern).out):
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert recall.variants()["dense"].path("cpu", 4, 64, 256) == "torch's attention"
+    assert recall.variants()["dilated"].path("cpu", 4, 64, 256) == "strided"
 
 
 def test_the_kernels_take_every_tree_on_a_gpu(monkeypatch):
