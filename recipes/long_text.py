@@ -2,9 +2,9 @@
 
 All models have the same parameters and initial weights and read the same windows. Each trains once at a constant rate and is
 measured twice, each time after a linear descent of the rate to zero over the last fifth: after the same number of bytes (what
-the slowest model reads in its time), and after the same seconds of training. While the rate falls, the router mix falls from 1
-to a half; a model that opens blocks is also measured after the same seconds with its mix left at 1. Results are written after
-every model; the same command goes on where it was stopped.
+the slowest model of the first call reads in its time), and after the same seconds of training. While the rate falls, the router
+mix falls from 1 to a half; a model that opens blocks is also measured after the same seconds with its mix left at 1. Results are
+written after every model; the same command goes on where it was stopped.
 
     python recipes/long_text.py --data BOOKS --out runs/long-text --budget-minutes 9       # BOOKS: train, validation .jsonl.gz
     python recipes/long_text.py --data BOOKS --out /tmp/long-text --reduced --budget-minutes 1     # two cores
@@ -291,7 +291,7 @@ def chosen(
     """Seconds and bytes of training that are equal for all models; notes the speeds in `data` where it measures them."""
     if given.equal:
         return dict(zip(("seconds", "bytes"), given.equal, strict=True))
-    data["speeds"] = speeds(list(setting.variants()), setting, books)
+    data["speeds"] = speeds(names, setting, books)
     left = 60 * given.budget_minutes - (time.perf_counter() - began)
     every = sum(share(setting.variants()[name]) for name in names) * len(given.seeds)
     seconds = SHARE * left / every
