@@ -122,8 +122,8 @@ COVER_TILES = {
 }
 # Whether programs at work at the same time share tokens (True) or heads.
 HEADS_FIRST = {"forward": True, "dq": True, "dkv": True}
-# Listed nodes at a time.
-LISTED_NODES = 64
+# Listed nodes at a time: with 64 the forward pass spills.
+LISTED_NODES = {"forward": 32, "dq": 64}
 # Loops of their own for tiles that need masks; rows of queries by tensor descriptors.
 SPLIT = {"forward": True, "dq": True, "dkv": True}
 DKV_TMA = True
@@ -150,7 +150,7 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
         "QB": blocks,
         "SPLIT": SPLIT[kernel] or blocks > 1,
         "BK": keys if blocks == 1 else min(keys, geometry.block),
-        "BN": LISTED_NODES,
+        "BN": LISTED_NODES[kernel],
         "RADIX": geometry.radix,
         "GUARD": geometry.guard,
         "LEVELS": geometry.levels,

@@ -31,21 +31,26 @@ def list_of_level(first, level, levels, RADIX: tl.constexpr, GUARD: tl.constexpr
 
 
 @triton.jit
-def listed_nodes(c, first, offsets, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.constexpr):
+def listed_nodes(c, first, leaves, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.constexpr):
     """The lists of all levels for the far boundary `first` (in blocks) one after the other, finest first: node at place c
-    (counted through the levels), its level and its place in that level's list."""
+    (counted through the levels), its level and its place in that level's list. leaves: whole blocks of the sequence; what
+    level a node is on is computed, for a table would be waited for."""
     node = tl.zeros_like(c)
     level = tl.zeros_like(c)
     place = c
     begin = 0
     hi = first
+    offset = 0
+    size = leaves
     for at in tl.static_range(LEVELS):
         lo = list_begin(hi, at, LEVELS, RADIX, GUARD)
-        node = tl.where(c >= begin, tl.load(offsets + at) + lo - begin + c, node)
+        node = tl.where(c >= begin, offset + lo - begin + c, node)
         level = tl.where(c >= begin, at, level)
         place = tl.where(c >= begin, c - begin, place)
         begin += hi - lo
         hi = lo // RADIX
+        offset += size
+        size = size // RADIX
     return node, level, place
 
 
@@ -105,7 +110,7 @@ def _window_tile(
 
 @triton.jit
 def _far_tile(
-    begin, first, count, base, kbar, vbar, entropy, level_bias, offsets, head, row, num_key_heads,
+    begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
     HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
     RADIX: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +120,7 @@ def _far_tile(
     c = begin + tl.arange(0, BN)
     d = tl.arange(0, BD)
     ok = c < count
-    node, level, _ = listed_nodes(c, first + QB - 1, offsets, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+    node, level, _ = listed_nodes(c, first + QB - 1, leaves, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
     # 32 bits: nodes are too few to need more, and addresses cost registers.
     at = node * num_key_heads
     mask = ok[:, None] & (d < D)[None, :]
@@ -144,7 +149,7 @@ def _attend(acc, top, total, s, factor, vt, PREC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def cover_forward(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
+    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, out, lse,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
@@ -198,22 +203,25 @@ def cover_forward(
             qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
         count = listed_count(tl.maximum(0, first + QB - 1), LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         base = b * num_nodes * num_key_heads + kh
+        leaves = num_tokens // BLOCK
         for begin in tl.range(0, count, BN, num_stages=1):
             k_far, v_far, addend, _ = _far_tile(
-                begin, first, count, base, kbar, vbar, entropy, level_bias, offsets, head, row, num_key_heads,
+                begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
                 HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
             )  # fmt: skip
             far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + addend
             acc, m, total = _attend(acc, m, total, far, 1.0, v_far, PREC=PREC)
     at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
-    tl.store(out + at_out * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), row_ok)
+    # A division an element would cost as much as half a tile of keys.
+    share = 1.0 / total
+    tl.store(out + at_out * D + d[None, :], (acc * share[:, None]).to(out.dtype.element_ty), row_ok)
     at_lse = (b * num_heads + heads) * num_tokens + token
     tl.store(lse + at_lse, (m + tl.log2(total)) * 0.6931471805599453, token_ok)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def cover_dq(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, out, lse, dlse, delta, dq_local, dq, dbias,
+    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, dout, out, lse, dlse, delta, dq_local, dq, dbias,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
@@ -284,12 +292,13 @@ def cover_dq(
             acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
         count = listed_count(tl.maximum(0, first + QB - 1), LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         base = b * num_nodes * num_key_heads + kh
+        leaves = num_tokens // BLOCK
         # One column a level.
         column = tl.arange(0, COLUMNS)
         sums = tl.zeros((QB * BLOCK * HG, COLUMNS), tl.float32)
         for begin in tl.range(0, count, BN, num_stages=1):
             k_far, v_far, addend, level = _far_tile(
-                begin, first, count, base, kbar, vbar, entropy, level_bias, offsets, head, row, num_key_heads,
+                begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
                 HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
             )  # fmt: skip
             p_far = tl.exp2(tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + (addend - lse2[:, None]))

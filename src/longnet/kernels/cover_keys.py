@@ -132,7 +132,7 @@ def window_dkv(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def listed_dkv(
-    q, kbar, vbar, entropy, level_bias, offsets, base_bits, dout, lse, delta, partial,
+    q, kbar, vbar, entropy, level_bias, base_bits, dout, lse, delta, partial,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, columns, scale,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NODES: tl.constexpr,
     TMA: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
@@ -155,7 +155,7 @@ def listed_dkv(
     first = tl.minimum(epoch * RADIX + RADIX - 1, tl.cdiv(num_tokens, BLOCK) - WINDOW)
     if begin < listed_count(first, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD):
         c = begin + tl.arange(0, NODES)
-        node, level, place = listed_nodes(c, first, offsets, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+        node, level, place = listed_nodes(c, first, num_tokens // BLOCK, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         c_ok = c < listed_count(first, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         d = tl.arange(0, BD)
         node_row = (b * num_nodes + node) * num_key_heads + kh
