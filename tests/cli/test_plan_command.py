@@ -22,8 +22,8 @@ def test_the_table_and_the_figures_agree(plan):
     assert lines[0].startswith("85.2 million parameters, 12 layers of 768, 6 branches up to 2,097,152 tokens")
     code, out, _ = plan(*arguments, "--json")
     found = json.loads(out)
-    assert [s["name"] for s in found["training"]] == [line.split("  ")[0].rstrip() for line in lines[2:8]]
-    for way, line in zip([*found["training"], found["reading"]], lines[2:9], strict=True):
+    assert [s["name"] for s in found["training"]] == [line.split("  ")[0].rstrip() for line in lines[2:9]]
+    for way, line in zip([*found["training"], found["reading"]], lines[2:10], strict=True):
         assert f" {way['total'] / 2**30:,.1f} " in line
         assert sum(way["memory"].values()) == way["total"]
         assert (" no " in line) == bool(way["problem"])
