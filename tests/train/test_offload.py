@@ -161,6 +161,31 @@ def test_the_device_holds_two_at_most(monkeypatch):
     assert inputs.coming is None
 
 
+def test_nothing_is_used_or_freed_before_its_copy_has_ended(monkeypatch):
+    """Copies are done as late as a stream may do them: when the computation waits for them."""
+    pending, move = [], HostInputs._move
+
+    def late(self, kept, x, targets, sources):
+        assert not pending  # what is copied and what was copied before are not free yet
+        if targets is not kept.pieces:
+            x.fill_(torch.nan)
+        moving = move(self, kept, x, (), ())._replace(done=len(pending))
+        pending.append(lambda: move(self, kept, x, targets, sources))
+        return moving
+
+    def wait(self, moving):
+        while pending:
+            pending.pop(0)()
+
+    model = network()
+    wanted = gradients(model, data())
+    offload_layer_inputs(model)
+    monkeypatch.setattr(HostInputs, "_move", late)
+    monkeypatch.setattr(HostInputs, "_wait", wait)
+    assert equal(gradients(model, data()), wanted)
+    assert not pending
+
+
 def test_a_pass_that_ended_early_does_not_disturb_the_next():
     model = network()
     wanted = gradients(model, data())

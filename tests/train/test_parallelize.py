@@ -23,6 +23,7 @@ from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.train import TrainConfig, checkpoint, train
 from longnet.train.config import check as check_config
 from longnet.train.data import TokenDataset, WindowSampler, prepare
+from longnet.train.offload import offload_layer_inputs
 from longnet.train.parallelize import Parallel, RanksDisagree, check_layout, connect, preflight, shard_block
 from longnet.train.trainer import _Run
 
@@ -63,14 +64,16 @@ def gradients(data, sequence_parallel, models):
         ids = WindowSampler(TokenDataset(data), 61, 4, 0).next_batch()
         loss = one(input_ids=ids, labels=ids).loss
         loss.backward()
-        for checkpointing in (False, True):
+        for way in ("whole", "checkpointed", "offloaded"):
             many = _random(one.config).train()
-            if checkpointing:
+            if way != "whole":
                 many.gradient_checkpointing_enable()
             sampler = WindowSampler(TokenDataset(data), 61, 4, 0)
             block = shard_block(one.config)
             parallel = Parallel(sequence_parallel, 61, 4, CPU, timedelta(seconds=30), block)
             parallel.apply(many)
+            if way == "offloaded":
+                offload_layer_inputs(many)
             total, _, _ = parallel.agree(parallel.backward(many, sampler, 1, False), False)
             worst = max(worst, abs(total - float(loss)))
             for (name, p), q in zip(many.named_parameters(), one.parameters(), strict=True):
