@@ -45,6 +45,25 @@ def test_the_recommended_options_are_those_of_the_trainer(plan, memory, flag):
     assert config.sequence_length == 2**20
 
 
+def test_layer_inputs_on_the_hosts_of_several_devices(plan):
+    from longnet.cli.recipe import registry
+    from longnet.train import TrainConfig
+    from longnet.train.config import _check_strategy
+
+    arguments = ["--tokens", 2**25, "--ratio", 4, "--devices", 16, "--memory", 75, "--host-memory", 100]
+    code, out, _ = plan(*arguments)
+    assert code == 0
+    name, command = out.splitlines()[-1].split(": longnet train ")
+    assert name == "checkpointed, offloaded"
+    config = tyro.cli(
+        TrainConfig, args=["--data", "d", "--output", "o", *shlex.split(command)], registry=registry
+    )
+    assert (config.sequence_strategy, config.gradient_checkpointing, config.offload) == ("whole", True, True)
+    _check_strategy(config, LongNetConfig.preset("base"))
+    _, out, _ = plan(*arguments[:-1], 50)
+    assert "nothing fits" in out
+
+
 def test_a_saved_model_many_devices_and_nothing_that_fits(plan, tmp_path):
     LongNetConfig.preset("tiny").save_pretrained(tmp_path)
     code, out, _ = plan("--tokens", 10**8, "--folder", tmp_path, "--memory", 2, "--devices", 8)

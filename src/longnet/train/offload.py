@@ -45,11 +45,11 @@ class HostInputs:
     """
 
     def __init__(self, checkpoint: Callable[..., Any], device: Any) -> None:
-        self.checkpoint, self.device = checkpoint, torch.device(device)
-        self.copies = torch.cuda.Stream(device) if self.device.type == "cuda" else None
         self.last: weakref.ref[_Kept] | None = None
         self.leaving: _Moving | None = None
         self.coming: _Moving | None = None
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.copies = torch.cuda.Stream(device) if self.device.type == "cuda" else None
 
     def __call__(self, function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         """checkpoint(function, hidden, *others). Only `hidden` is kept on the host."""
