@@ -148,7 +148,8 @@ def test_the_device_holds_two_at_most(monkeypatch):
 
     def unpacked(self, kept):
         found = unpack(self, kept)
-        most.append(len(alive))
+        if not isinstance(kept, torch.Tensor):  # torch 2.11 saves an empty one beside every input
+            most.append(len(alive))
         return found
 
     monkeypatch.setattr(HostInputs, "_fetch", fetched)
