@@ -69,7 +69,7 @@ def listed_count(first, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.con
 @triton.jit
 def _place(
     num_tokens, num_heads,
-    HG: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, WINDOW: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    HG: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Of a program: its first query block and the first of its HG heads.
 
@@ -80,9 +80,8 @@ def _place(
     rows = tl.cdiv(tl.cdiv(num_tokens, BLOCK) + shift, QB)
     parts = num_heads // HG
     pid = tl.program_id(0)
-    if HEADS_FIRST:
-        return (rows - 1 - pid // parts) * QB - shift, pid % parts * HG
-    return (rows - 1 - pid % rows) * QB - shift, pid // rows * HG
+    # Heads first: programs at work at the same time read the same tokens.
+    return (rows - 1 - pid // parts) * QB - shift, pid % parts * HG
 
 
 @triton.jit
@@ -154,12 +153,12 @@ def cover_forward(
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    LEVELS: tl.constexpr, SPLIT: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    LEVELS: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """out and lse (natural) of one softmax over the local window, BK keys at a time, and, if LISTS, all listed summaries, BN
     at a time. JOINT: q_local and q are the same."""
-    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW, HEADS_FIRST)
+    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
     b = tl.program_id(1).to(tl.int64)
     kh = head // G
     row = tl.arange(0, QB * BLOCK * HG)
@@ -178,9 +177,7 @@ def cover_forward(
     k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
     v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
     low = tl.maximum(0, first + QB - 1) * BLOCK
-    diagonal = low
-    if SPLIT:
-        diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
+    diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
     for begin in tl.range(low, diagonal, BK):
         s = tl.dot(qt, k_rows.load([begin, 0]).T, input_precision=PREC)
         acc, m, total = _attend(acc, m, total, s, scale2, v_rows.load([begin, 0]), PREC=PREC)
@@ -226,15 +223,15 @@ def cover_dq(
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    LEVELS: tl.constexpr, SPLIT: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, BIAS: tl.constexpr, DLSE: tl.constexpr,
-    COLUMNS: tl.constexpr, HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
+    LEVELS: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, BIAS: tl.constexpr, DLSE: tl.constexpr,
+    COLUMNS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dout * out) - dlse, gradients of the local queries, and if LISTS of the far queries and, if BIAS, per
     query of the level biases. JOINT: both are the same queries, and with LISTS the sum goes to dq.
 
     dbias (B, N, H, LEVELS) receives the sums of the logit gradients of every level.
     """
-    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW, HEADS_FIRST)
+    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
     b = tl.program_id(1).to(tl.int64)
     kh = head // G
     row = tl.arange(0, QB * BLOCK * HG)
@@ -261,9 +258,7 @@ def cover_dq(
     v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
     acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
     low = tl.maximum(0, first + QB - 1) * BLOCK
-    diagonal = low
-    if SPLIT:
-        diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
+    diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
     for begin in tl.range(low, diagonal, BK):
         kt = k_rows.load([begin, 0])
         vt = v_rows.load([begin, 0])
