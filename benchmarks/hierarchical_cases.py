@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from longnet import HierarchicalPattern
 
-# 16 leaves of 64 opened, radix 16, a window of 8 blocks; and the same with nothing opened.
-OPENED = HierarchicalPattern(radix=16, top_k=16, beam=32)
+# 16 leaves of 64 opened, radix 16, a window of 8 blocks, the search as wide as what is opened or twice as wide.
+OPENED = {beam: HierarchicalPattern(radix=16, top_k=16, beam=beam) for beam in (16, 32)}
+# The same with nothing opened.
 COVER = HierarchicalPattern(radix=16, top_k=0)
 # For a machine without a GPU: no claim.
 SMALL = HierarchicalPattern(block=16, radix=4, window_blocks=2, top_k=2, beam=4)
@@ -16,7 +17,7 @@ SMALL_COVER = HierarchicalPattern(block=16, radix=4, window_blocks=2, top_k=0)
 
 @dataclass(frozen=True)
 class Case:
-    """who: "opened" or "cover" (hierarchical), "dense" (the library's), "nsa" (fla's). group: why it is measured."""
+    """who: "opened" (with its beam) or "cover" (hierarchical), "dense" (the library's), "nsa" (fla's). group: why measured."""
 
     group: str
     who: str
@@ -25,16 +26,20 @@ class Case:
     key_heads: int = 1
     width: int = 128
     batch: int = 1
+    beam: int = 16
 
     @property
     def name(self) -> str:
+        who = f"{self.who}, beam {self.beam}" if self.who == "opened" else self.who
         batch = f"{self.batch} x " if self.batch > 1 else ""
-        return f"{self.who}, {batch}{self.tokens} tokens, {self.heads} heads on {self.key_heads}, width {self.width}"
+        return (
+            f"{who}, {batch}{self.tokens} tokens, {self.heads} heads on {self.key_heads}, width {self.width}"
+        )
 
 
 def _whole(tokens: int) -> list[Case]:
     shared, grouped = ("opened", "dense", "nsa"), ("opened", "dense")
-    cases = [Case("whole", who, tokens) for who in shared]
+    cases = [Case("whole", who, tokens) for who in shared] + [Case("whole", "opened", tokens, beam=32)]
     return cases + [Case("whole", who, tokens, key_heads=4) for who in grouped]
 
 

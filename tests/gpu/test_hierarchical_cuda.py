@@ -111,8 +111,8 @@ def test_kernels_against_a_dense_softmax(tokens, heads, key_heads, width, patter
     )
 
     def run():
-        out, lse, routes = fused.forward(*inputs, geometry, scale)
-        return out, lse, routes, fused.backward(dout, dlse, *inputs, out, lse, routes, geometry, scale)
+        out, lse, routes, kept = fused.forward(*inputs, geometry, scale, keep=True)
+        return out, lse, routes, fused.backward(dout, dlse, *inputs, out, lse, routes, kept, geometry, scale)
 
     out, lse, routes, found = run()
     exact = [x.double().requires_grad_() for x in inputs]
@@ -155,18 +155,23 @@ def test_chunks_of_the_leaf_buffer_change_nothing(monkeypatch):
 
 def test_pyramid_kernels_against_plain_torch():
     from longnet.attention.pyramid import build_pyramid
-    from longnet.attention.pyramid_fused import build_pyramid_fused
+    from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 
     k, v = (random(2, 5000, 2, 96, seed=i).requires_grad_() for i in (1, 2))
     prior = (random(2, 96, dtype=torch.float32, seed=3) / 2).requires_grad_()
     lengths = torch.tensor([5000, 1234], device="cuda")
-    results = []
-    for build in (build_pyramid_fused, build_pyramid):
-        kbar, vbar, mass, entropy, _ = build(k, v, prior, 96**-0.5, 64, 8, (78, 9, 1), lengths)
-        parts = [kbar.float(), vbar.float(), torch.where(torch.isfinite(mass), mass, 0), entropy]
-        loss = sum((x * random(*x.shape, dtype=torch.float32, seed=9)).sum() for x in parts)
-        results.append([*parts, *torch.autograd.grad(loss, (k, v, prior))])
-    for a, b in zip(*results, strict=True):
+    tree = Tree(96**-0.5, 64, 8, (78, 9, 1))
+    exact = build_pyramid(k, v, prior, *tree, lengths)
+    finite = torch.isfinite(exact.mass)
+    parts = [exact.kbar.float(), exact.vbar.float(), torch.where(finite, exact.mass, 0), exact.entropy]
+    above = [random(*x.shape, dtype=torch.float32, seed=9) for x in parts]
+    above[2] = torch.where(finite, above[2], 0)
+    wanted = torch.autograd.grad(sum((x * y).sum() for x, y in zip(parts, above, strict=True)), (k, v, prior))
+    with torch.no_grad():
+        nodes = pool(k, v, prior, lengths, tree)
+        found = pool_backward(k, v, prior, lengths, tree, nodes, tuple(above))
+    nodes = (*nodes[:2], torch.where(finite, nodes[2], 0), nodes[3])
+    for a, b in zip((*nodes, *found), (*parts, *wanted), strict=True):
         assert (a - b).float().norm() <= 1e-2 * b.float().norm() + 1e-5
 
 

@@ -8,13 +8,15 @@ from longnet import HierarchicalPattern
 from longnet.attention import far_work, hierarchical_fused, hierarchical_gradients
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.pyramid import build_pyramid
-from longnet.attention.pyramid_fused import build_pyramid_fused
+from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 
 CASES = {
     # block 16 is the least that a tile may be; pattern, tokens, heads, key heads, width, beta
     "summaries": (HierarchicalPattern(16, 4, 2, 1, None, 0), 117, 2, 2, 16, 1.0),
     # without rotary: the same queries near and far
     "joint": (HierarchicalPattern(16, 4, 1, 0, None, 0), 69, 2, 1, 16, 1.0),
+    # blocks whose lse a tensor descriptor can address; pairs of blocks, the first pair cut off by the sequence's begin
+    "aligned": (HierarchicalPattern(16, 4, 2, 1, None, 0), 236, 3, 1, 24, 1.0),
     "groups": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 117, 4, 2, 24, 0.3),
     # two families of nodes, and several items for most of them
     "levels": (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 117, 2, 1, 16, 0.0),
@@ -49,15 +51,15 @@ def main(name: str) -> None:
         q, k, v, q_local, k_local, p, level_bias, router_mix = inputs
         if name in ("joint", "groups"):
             q_local = q
+        if name in ("aligned", "groups"):
+            k_local = k
         if exact:
             out, lse = hierarchical_attention_reference(
                 q, k, v, q_local, k_local, pattern, True, scale, p, level_bias, router_mix
             )
         else:
-            tree = (k, v, p, scale, pattern.block, pattern.radix, pattern.node_counts(tokens))
-            pyramid = build_pyramid_fused(*tree)
             out, lse = hierarchical_fused.attend(
-                q, k, v, q_local, k_local, pyramid, pattern, scale, level_bias, router_mix
+                q, k, v, q_local, k_local, p, None, pattern, scale, level_bias, router_mix
             )
         g = torch.Generator().manual_seed(1)
         dout, dlse = (torch.randn(x.shape, generator=g).to(x.dtype) for x in (out, lse))
@@ -97,16 +99,22 @@ def pyramids() -> None:
             k, v = (
                 torch.where((torch.arange(tokens) < valid[:, None])[..., None, None], x, 1e3) for x in (k, v)
             )
-        results = []
-        for build in (build_pyramid_fused, build_pyramid):
-            kbar, vbar, mass, entropy, _ = build(k, v, p, 0.3, 16, 4, sizes, valid)
-            finite = torch.isfinite(mass)
-            parts = [kbar, vbar, torch.where(finite, mass, 0), entropy]
-            g = torch.Generator().manual_seed(1)
-            loss = sum((x * torch.randn(x.shape, generator=g)).sum() for x in parts)
-            found = torch.autograd.grad(loss, inputs, retain_graph=True)
-            results.append([finite.float(), *parts, *found])
-        for a, b in zip(*results, strict=True):
+        tree = Tree(0.3, 16, 4, sizes)
+        nodes = pool(*(x.detach() for x in (k, v)), None if p is None else p.detach(), valid, tree)
+        exact = build_pyramid(k, v, p, *tree[:3], sizes, valid)
+        finite = torch.isfinite(exact.mass)
+        assert torch.equal(torch.isfinite(nodes[2]), finite)
+        parts = [exact.kbar, exact.vbar, torch.where(finite, exact.mass, 0), exact.entropy]
+        g = torch.Generator().manual_seed(1)
+        above = [torch.randn(x.shape, generator=g) for x in parts]
+        found = torch.autograd.grad(sum((x * y).sum() for x, y in zip(parts, above, strict=True)), inputs)
+        above[2] = torch.where(finite, above[2], 0)
+        elsewhere = [torch.randn(k.shape, generator=g) for _ in "kv"]
+        wanted = [x + y for x, y in zip(found, elsewhere, strict=False)] + list(found[2:])
+        with torch.no_grad():
+            grads = pool_backward(k, v, p, valid, tree, nodes, tuple(above), *(x.clone() for x in elsewhere))
+        nodes = (*nodes[:2], torch.where(finite, nodes[2], 0), nodes[3])
+        for a, b in zip((*nodes, *grads), (*parts, *wanted), strict=False):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 

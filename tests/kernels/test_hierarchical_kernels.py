@@ -20,7 +20,7 @@ def run(script, *arguments, **environment):
 
 
 @pytest.mark.parametrize(
-    "case", ["summaries", "joint", "groups", "levels", "capped", "chunks", "short", "pyramids"]
+    "case", ["summaries", "joint", "aligned", "groups", "levels", "capped", "chunks", "short", "pyramids"]
 )
 def test_kernels_equal_the_oracle(case):
     run("interpreted_hierarchical.py", case, TRITON_INTERPRET="1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,16 @@ class Routes(NamedTuple):
     opened: Tensor
     base_bits: Tensor
     child_bits: Tensor
+
+
+class Leaves(NamedTuple):
+    """What the backward pass wants of a chunk's opened leaves: the readers by leaf (`sorted_items`), and of every place and head
+    the log2 of the leaf's mass and its score, (2, pairs, tokens, top_k, group) fp32."""
+
+    order: Tensor
+    items: Tensor
+    first_item: Tensor
+    logits: Tensor
 
 
 class Geometry(NamedTuple):
@@ -96,53 +107,77 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def tile_of(shape: Shape, dtype: torch.dtype) -> dict:
     return {
-        "G": shape.group,
         "D": shape.width,
         "BD": max(16, triton.next_power_of_2(shape.width)),
         "PREC": "ieee" if dtype == torch.float32 else "tf32",
     }
 
 
-# (heads per program, warps, stages, most registers) by kernel, for even groups with blocks up to 64 and for others: the best of
-# those tried on an H200 (docs/log.md).
+# By kernel: (heads x blocks of queries per program, keys or nodes at a time, warps, stages, most registers) for blocks up to 64,
+# and for wider ones, for which more would not fit into shared memory.
 COVER_TILES = {
-    "forward": ((2, 8, 2, 128), (1, 4, 2, None)),
-    "dq": ((2, 8, 3, None), (1, 4, 2, None)),
-    "dkv": ((1, 4, 2, None), (1, 4, 2, None)),
+    "forward": ((2, 64, 8, 2, 128), (1, 64, 4, 2, None)),
+    "dq": ((2, 64, 8, 3, None), (1, 64, 4, 2, None)),
+    "dkv": ((1, 64, 4, 2, None), (1, 64, 4, 2, None)),
 }
-# Keys of the window that the forward pass takes at a time, at least a block.
-WINDOW_KEYS = 64
+# Listed nodes at a time: with 64 the forward pass spills.
+LISTED_NODES = {"forward": 32, "dq": 64}
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
-    # Two heads of a block of 128 ask for more shared memory than there is.
-    even = shape.group % 2 == 0 and dtype != torch.float32 and geometry.block <= 64
-    heads, warps, stages, registers = COVER_TILES[kernel][0 if even else 1]
-    tile = tile_of(shape, dtype) | {"HG": heads, "BLOCK": geometry.block, "WINDOW": geometry.window}
-    if kernel == "forward":
-        tile["BK"] = max(geometry.block, WINDOW_KEYS)
-    return tile | {
+    units, keys, warps, stages, registers = COVER_TILES[kernel][geometry.block > 64]
+    tile = tile_of(shape, dtype) | {
+        "BLOCK": geometry.block,
+        "WINDOW": geometry.window,
         "num_warps": warps,
         "num_stages": stages if dtype != torch.float32 else 1,
         "maxnreg": registers,
     }
+    if kernel == "dkv":
+        return tile | {"TMA": by_descriptor(shape)}
+    heads = math.gcd(units, shape.group)
+    blocks = min(units // heads, geometry.radix)
+    return tile | {
+        "G": shape.group,
+        "HG": heads,
+        "QB": blocks,
+        "BK": keys if blocks == 1 else min(keys, geometry.block),
+        "BN": LISTED_NODES[kernel],
+        "RADIX": geometry.radix,
+        "GUARD": geometry.guard,
+        "LEVELS": geometry.levels,
+    }
 
 
-# Rows of a tile of tokens, (warps, stages) of the kernels over such tiles, and how many places of opened leaves are on their way.
+def by_descriptor(shape: Shape) -> bool:
+    """Whether a descriptor can address the blocks of lse: each begins on 16 bytes, coordinates have 31 bits."""
+    return shape.tokens % 4 == 0 and shape.batch * shape.heads * shape.tokens < 2**31
+
+
+def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
+    """Programs of `cover_forward` and `cover_dq`: QB blocks of HG heads each, the first cut off where blocks do not fit."""
+    blocks = -(-shape.tokens // geometry.block) + (1 - geometry.window) % tile["QB"]
+    return -(-blocks // tile["QB"]) * (shape.heads // tile["HG"]), shape.batch
+
+
+# Rows of a tile of tokens; (columns at a time, warps, stages, most registers) of the kernels over such tiles; and how many places
+# of opened leaves are on their way.
 FAR_ROWS = 64
 PLACE_STAGES = 3
-FAR_TILES = {"score": (4, 2), "attend": (4, 2), "dq": (4, 2)}
+FAR_TILES = {"score": (64, 4, 2, None), "attend": (64, 4, 2, None), "dq": (64, 4, 2, None)}
 
 
 def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
     """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
-    warps, stages = FAR_TILES[kernel]
+    columns, warps, stages, registers = FAR_TILES[kernel]
     return tile_of(shape, dtype) | {
+        "G": shape.group,
         "GP": triton.next_power_of_2(shape.group),
         "T": tokens_per_tile(shape.group),
-        "BC": 64 if dtype != torch.float32 else 16,
+        "BC": columns if dtype != torch.float32 else 16,
         "num_warps": warps,
         "num_stages": stages,
+        "maxnreg": registers,
         **cover_constants(geometry),
     }
 
@@ -150,19 +185,26 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
 # Warps that search the candidates of one token.
 SELECT_WARPS = 1
 
-# (rows, warps, stages) of the kernels over the readers of a leaf.
-LEAF_TILES = {"forward": (64, 4, 3), "backward": (128, 8, 2)}
+# (rows, warps, stages, most registers) of the kernels over the readers of a leaf.
+ACROSS = False
+LEAF_TILES = {"forward": (64, 4, 3, None), "backward": (64, 4, 2, None)}
 
 
 def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
-    rows, warps, stages = LEAF_TILES[kernel]
+    rows, warps, stages, registers = LEAF_TILES[kernel]
     if dtype == torch.float32:
         rows, stages = 32, 1
-    return tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+    tile = tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
+    tile["maxnreg"] = registers
+    if kernel == "backward":
+        tile["ACROSS"] = ACROSS
+    return tile
 
 
-# (rows, warps, stages) of the kernel over the readers of COLUMNS nodes.
-NODE_TILE = (128, 8, 2)
+# (rows, warps, stages) of the kernel over the readers of COLUMNS nodes; (warps, stages) of the one over epochs, by blocks up to
+# 64 and wider ones.
+NODE_TILE = (64, 4, 2)
+EPOCH_TILE = ((4, 2), (8, 2))
 
 
 def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:
@@ -172,13 +214,24 @@ def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:
     elif q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
         # For sm_80 the assembler gives up on two stages: 32 registers, everything else spilled.
         stages = 1
-    tile = tile_of(shape, q.dtype) | {
-        "COLUMNS": COLUMNS,
-        "BM": rows,
+    return tile_of(shape, q.dtype) | {
+        "G": shape.group, "COLUMNS": COLUMNS, "BEAM": geometry.beam, "BM": rows, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def epoch_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
+    warps, stages = EPOCH_TILE[geometry.block > 64]
+    # Blocks whose tokens one program reads: a power of two.
+    blocks = min(geometry.radix, max(1, 4 * READERS // (shape.group * geometry.block)))
+    return tile_of(shape, dtype) | {
+        "NODES": COLUMNS,
+        "BLOCKS": 1 << (blocks.bit_length() - 1),
+        "LEVELS": geometry.levels,
+        "TMA": by_descriptor(shape),
         "num_warps": warps,
-        "num_stages": stages,
+        "num_stages": stages if dtype != torch.float32 else 1,
+        **cover_constants(geometry),
     }
-    return tile | {"BLOCK": geometry.block, "BEAM": geometry.beam}
 
 
 def cover_constants(geometry: Geometry) -> dict:
@@ -318,29 +371,31 @@ def empty_routes(shape: Shape, geometry: Geometry, device: torch.device) -> Rout
     return Routes(opened, bits, torch.zeros((*lead, geometry.beam), dtype=torch.int32, device=device))
 
 
+class Epochs(NamedTuple):
+    """RADIX blocks each whose far boundaries have the same parent, as `listed_dkv` and `sum_listed` want them: their number, the
+    most nodes that one lists, and on the device `readers` (nodes, 3) and `places` (epochs, levels)."""
+
+    count: int
+    columns: int
+    readers: Tensor
+    places: Tensor
+
+
 @functools.lru_cache(maxsize=64)
-def listed_items(
-    geometry: Geometry, shape: Shape, level: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Work items (pair, family, first token, last token) of a level's lists, the first item of every family, and the lists
-    [lo, hi) of all blocks."""
-    block, radix, readers = geometry.block, geometry.radix, max(1, READERS * 4 // shape.group)
-    blocks = -(-shape.tokens // block)
-    hi = np.maximum(0, np.arange(blocks) - geometry.window + 1)
-    lo = hi
-    for at in range(level + 1):
-        if at:
-            hi = lo // radix
-        lo = radix * np.maximum(0, hi // radix - geometry.guard)
-        if at == geometry.levels - 1:
-            lo = np.zeros_like(hi)
-    rows, first = [], [0]
-    for pair in range(shape.pairs):
-        for family in range(-(-geometry.sizes[level] // COLUMNS)):
-            begin = int(np.searchsorted(hi, family * COLUMNS, side="right")) * block
-            end = min(shape.tokens, int(np.searchsorted(lo, (family + 1) * COLUMNS, side="left")) * block)
-            rows += [(pair, family, at, min(at + readers, end)) for at in range(begin, end, readers)]
-            first.append(len(rows))
-    items = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 4)
-    bounds = torch.from_numpy(np.stack((lo, hi), 1).astype(np.int32)).to(device)
-    return items, torch.tensor(first, dtype=torch.int64, device=device), bounds
+def epochs_of(geometry: Geometry, num_tokens: int, device: torch.device) -> Epochs:
+    radix, last = geometry.radix, -(-num_tokens // geometry.block) - geometry.window
+    count = last // radix + 1 if last > 0 else 0
+    hi = np.minimum(np.arange(count) * radix + radix - 1, last)
+    begin = np.zeros(count, dtype=np.int64)
+    readers, places = [], []
+    for level, (offset, size) in enumerate(zip(geometry.offsets, geometry.sizes, strict=False)):
+        lo = radix * np.maximum(0, hi // radix - geometry.guard) if level < geometry.levels - 1 else 0 * hi
+        node = np.arange(size)
+        bounds = np.searchsorted(hi, node, side="right"), np.searchsorted(lo, node, side="right")
+        readers.append(np.stack((*bounds, np.full(size, level)), 1))
+        places.append(begin - lo - offset)
+        begin = begin + hi - lo
+        hi = lo // radix
+    tables = (np.concatenate(readers), np.stack(places, 1))
+    tables = (torch.from_numpy(x.astype(np.int32)).to(device) for x in tables)
+    return Epochs(count, int(begin.max(initial=0)), *tables)

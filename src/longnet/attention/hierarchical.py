@@ -97,16 +97,15 @@ def hierarchical_attention(
                 lengths,
             )
         )
-    sizes = pattern.node_counts(tokens, causal)
-    tree = (k, v, prior_query, scale, pattern.block, pattern.radix, sizes, lengths)
     if chosen == "triton":
         from longnet.attention.hierarchical_fused import attend
-        from longnet.attention.pyramid_fused import build_pyramid_fused
 
-        pyramid = build_pyramid_fused(*tree)
-        out, lse = attend(q, k, v, q_local, k_local, pyramid, pattern, scale, level_bias, router_mix)
+        out, lse = attend(
+            q, k, v, q_local, k_local, prior_query, lengths, pattern, scale, level_bias, router_mix
+        )
     else:
-        pyramid = build_pyramid(*tree)
+        sizes = pattern.node_counts(tokens, causal)
+        pyramid = build_pyramid(k, v, prior_query, scale, pattern.block, pattern.radix, sizes, lengths)
         far = Far(k, v, [pyramid.level(i) for i in range(levels)], 0, (0,) * levels)
         parameters = Parameters(scale, level_bias, router_mix, lengths)
         out, lse = hierarchical_torch.attend(q, q_local, k_local, far, pattern, causal, parameters, tokens)

@@ -9,10 +9,12 @@ from longnet.attention.far_work import (
     PLACE_STAGES,
     SELECT_WARPS,
     Geometry,
+    Leaves,
     Routes,
     Tables,
     chunks,
     cover_constants,
+    cover_grid,
     cover_tile,
     empty_routes,
     far_tile,
@@ -24,7 +26,7 @@ from longnet.attention.far_work import (
 )
 from longnet.attention.fused import aligned, allocate_descriptors
 from longnet.attention.hierarchical_gradients import backward
-from longnet.attention.pyramid import Pyramid
+from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 from longnet.kernels import cover, leaves, opened_forward, routing
 from longnet.patterns import HierarchicalPattern
 
@@ -35,27 +37,35 @@ def attend(
     v: Tensor,
     q_local: Tensor,
     k_local: Tensor,
-    pyramid: Pyramid,
+    prior_query: Tensor | None,
+    lengths: Tensor | None,
     pattern: HierarchicalPattern,
     scale: float,
     level_bias: Tensor,
     router_mix: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all tensors."""
+    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all floating tensors."""
     geometry = Geometry.of(pattern, q.shape[1])
-    inputs = (q, k, v, None if q_local is q else q_local, k_local)
+    inputs = (q, k, v, None if q_local is q else q_local, None if k_local is k else k_local)
     inputs = (None if x is None else aligned(x) for x in inputs)
-    summaries = (pyramid.kbar.contiguous(), pyramid.vbar.contiguous(), pyramid.entropy.float().contiguous())
+    prior = None if prior_query is None else prior_query.contiguous()
+    lengths = None if lengths is None else lengths.to(q.device, torch.int64)
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
-    return _Attend.apply(*inputs, *summaries, *parameters, geometry, scale)  # type: ignore[return-value]
+    return _Attend.apply(*inputs, prior, lengths, *parameters, geometry, scale)  # type: ignore[return-value]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, geometry, scale = arguments
-        out, lse, routes = forward(*tensors, geometry, scale)
-        ctx.save_for_backward(*tensors, out, lse, *(routes or ()))
+    def forward(ctx, q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix, geometry, scale):
+        nodes = pool(k, v, prior, lengths, Tree(scale, geometry.block, geometry.radix, geometry.sizes))
+        kbar, vbar, _, entropy = nodes
+        out, lse, routes, kept = forward(
+            q, k, v, q_local, k if k_local is None else k_local, kbar, vbar, entropy, level_bias, router_mix,
+            geometry, scale, keep=any(ctx.needs_input_grad),
+        )  # fmt: skip
+        inputs = (q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix)
+        chunks = (x for chunk in kept for x in chunk)
+        ctx.save_for_backward(*inputs, *nodes, out, lse, *(routes or ()), *chunks)
         ctx.geometry, ctx.scale = geometry, scale
         ctx.set_materialize_grads(False)
         return out, lse
@@ -63,14 +73,29 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        *tensors, out, lse, opened, base_bits, child_bits = _padded(ctx.saved_tensors, 15)
-        routes = None if opened is None else Routes(opened, base_bits, child_bits)
-        dout = torch.zeros_like(out) if dout is None else dout
-        return *backward(dout, dlse, *tensors, out, lse, routes, ctx.geometry, ctx.scale), None, None
+        inputs, nodes, results, opened, kept = (ctx.saved_tensors[part] for part in _SAVED)
+        q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix = inputs
+        geometry, scale = ctx.geometry, ctx.scale
+        routes = Routes(*opened) if opened else None
+        kept = [Leaves(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
+        dout = torch.zeros_like(results[0]) if dout is None else dout
+        kbar, vbar, mass, entropy = nodes
+        grads = backward(
+            dout, dlse, q, k, v, q_local, k if k_local is None else k_local, kbar, vbar, entropy, level_bias, router_mix,
+            *results, routes, kept, geometry, scale, ctx.needs_input_grad[7],
+        )  # fmt: skip
+        dq, dk, dv, dq_local, dk_local, dkbar, dvbar, dentropy, dbias, dmix = grads
+        if k_local is None:
+            # The same keys near and far.
+            dk, dk_local = dk_local if dk is None else dk.add_(dk_local), None
+        tree = Tree(scale, geometry.block, geometry.radix, geometry.sizes)
+        below = (dkbar, dvbar, torch.zeros_like(mass), dentropy)
+        dk, dv, dprior = pool_backward(k, v, prior, lengths, tree, nodes, below, dk, dv)
+        return dq, dk, dv, dq_local, dk_local, dprior, None, dbias, dmix, None, None
 
 
-def _padded(saved: tuple, count: int) -> tuple:
-    return *saved, *(None,) * (count - len(saved))
+# What the forward pass saves: its nine tensors; the nodes; out and lse; what was opened; `Leaves` of every chunk.
+_SAVED = (slice(9), slice(9, 13), slice(13, 15), slice(15, 18), slice(18, None))
 
 
 def forward(
@@ -86,49 +111,53 @@ def forward(
     router_mix: Tensor,
     geometry: Geometry,
     scale: float,
-) -> tuple[Tensor, Tensor, Routes | None]:
-    """out (B, N, H, D), lse (B, H, N) and what was opened.
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Routes | None, list[Leaves]]:
+    """out (B, N, H, D), lse (B, H, N), what was opened, and if `keep` what the backward pass wants of every chunk.
 
     q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
     (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32.
     """
     allocate_descriptors()
     shape = shape_of(q, k)
+    joint = q_local is None
     q_local = q if q_local is None else q_local
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "forward")
-    grid = (-(-shape.tokens // geometry.block), shape.heads // tile["HG"], shape.batch)
     offsets = offsets_of(geometry, q.device)
     opening = geometry.top_k > 0 and geometry.sizes[0] > 0
-    sizes = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, geometry.levels, scale)
-    cover.cover_forward[grid](
-        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
-        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *sizes,
-        BN=min(64, geometry.listed), RADIX=geometry.radix, GUARD=geometry.guard, LISTS=not opening, **tile,
+    counts = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads)
+    sizes = (*counts, geometry.levels, scale)
+    cover.cover_forward[cover_grid(shape, geometry, tile)](
+        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, out, lse,
+        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *counts, scale,
+        LISTS=not opening, JOINT=joint, **tile,
     )  # fmt: skip
     if not opening:
-        return out, lse, None
+        return out, lse, None, []
     summaries = (kbar, vbar, entropy, level_bias)
-    routes = empty_routes(shape, geometry, q.device)
+    routes, kept = empty_routes(shape, geometry, q.device), []
     for chunk in chunks(shape, geometry, q.element_size()):
         tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
-        order, items, _ = leaf_items(routes, shape, geometry, chunk)
+        order, items, first_item = leaf_items(routes, shape, geometry, chunk)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
-        part_weight = torch.empty(lead, device=q.device)
+        logits = torch.empty(2, *lead, device=q.device)
+        if keep:
+            kept.append(Leaves(order, items, first_item, logits))
         leaves.leaf_forward[(len(items),)](
-            q, k, v, kbar, entropy, level_bias, router_mix, order, items, part, part_weight,
+            q, k, v, kbar, entropy, level_bias, order, items, part, *logits,
             *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,
             chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, q.dtype, "forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, part_weight,
+            q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, *logits,
             out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
             TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, q.dtype, "attend"),
         )  # fmt: skip
-    return out, lse, routes
+    return out, lse, routes, kept
 
 
 def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tables:

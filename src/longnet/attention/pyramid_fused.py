@@ -1,106 +1,88 @@
-"""The pyramid by Triton kernels: the autograd boundary of `build_pyramid` on a CUDA device."""
+"""The pyramid by Triton kernels: what `build_pyramid` does, and its gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-from longnet.attention.pyramid import Pyramid
 from longnet.kernels import pyramid as kernels
 
 
-def build_pyramid_fused(
+class Tree(NamedTuple):
+    """What a pyramid is built by, beside its keys and values; complete nodes only: sizes[l] <= N / (block radix^l)."""
+
+    scale: float
+    block: int
+    radix: int
+    sizes: tuple[int, ...]
+
+
+def pool(
+    k: Tensor, v: Tensor, prior: Tensor | None, lengths: Tensor | None, tree: Tree
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """kbar, vbar (B, nodes, K, D), mass and entropy (B, nodes, K) fp32; unit stride in D. lengths int64 on the device of k."""
+    batch, _, key_heads, width = k.shape
+    sizes, nodes = tree.sizes, sum(tree.sizes)
+    kbar, vbar = torch.empty(2, batch, nodes, key_heads, width, dtype=k.dtype, device=k.device)
+    mass, entropy = torch.empty(2, batch, nodes, key_heads, dtype=torch.float32, device=k.device)
+    tile, leaf = _tiles(k, prior, lengths, tree.block)
+    if sizes[0]:
+        kernels.pool_leaves[(sizes[0], key_heads, batch)](
+            k, v, k if prior is None else prior, k if lengths is None else lengths, kbar, vbar, mass, entropy,
+            *k.stride()[:3], *v.stride()[:3], nodes, key_heads, tree.scale, **tile, **leaf,
+        )  # fmt: skip
+    first = [0, *itertools.accumulate(sizes)]
+    for level in range(1, len(sizes)):
+        if sizes[level]:
+            kernels.pool_nodes[(sizes[level], key_heads, batch)](
+                kbar, vbar, mass, entropy, first[level - 1], first[level], nodes, key_heads, RADIX=tree.radix, **tile,
+            )  # fmt: skip
+    return kbar, vbar, mass, entropy
+
+
+def pool_backward(
     k: Tensor,
     v: Tensor,
-    prior_query: Tensor | None,
-    scale: float,
-    block: int,
-    radix: int,
-    sizes: Sequence[int],
-    lengths: Tensor | None = None,
-) -> Pyramid:
-    """`build_pyramid` for complete nodes only: sizes[l] <= N / (block radix^l); mass and entropy are fp32."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    prior = None if prior_query is None else prior_query.contiguous()
-    return Pyramid(*_Build.apply(k, v, prior, scale, block, radix, tuple(sizes), lengths), tuple(sizes))
-
-
-class _Build(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, k, v, prior, scale, block, radix, sizes, lengths):
-        batch, _, key_heads, width = k.shape
-        nodes = sum(sizes)
-        kbar, vbar = (
-            torch.empty(batch, nodes, key_heads, width, dtype=k.dtype, device=k.device) for _ in "kv"
-        )
-        mass, entropy = (
-            torch.empty(batch, nodes, key_heads, dtype=torch.float32, device=k.device) for _ in "me"
-        )
-        lengths = None if lengths is None else lengths.to(k.device, torch.int64)
-        ctx.constants = (scale, block, radix, sizes)
-        tile, leaf = _tiles(k, prior, lengths, block)
-        if sizes[0]:
-            kernels.pool_leaves[(sizes[0], key_heads, batch)](
-                k, v, k if prior is None else prior, k if lengths is None else lengths, kbar, vbar, mass, entropy,
-                *k.stride()[:3], *v.stride()[:3], nodes, key_heads, scale, **tile, **leaf,
+    prior: Tensor | None,
+    lengths: Tensor | None,
+    tree: Tree,
+    nodes: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    dk_token: Tensor | None = None,
+    dv_token: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk, dv, dprior from the gradients of the four outputs of `pool` (fp32, contiguous; the kernels add to them on the way
+    down) and what tokens get elsewhere: dk_token, dv_token, contiguous. These are overwritten where they have the dtype of k."""
+    batch, tokens, key_heads, width = k.shape
+    sizes = tree.sizes
+    tile, leaf = _tiles(k, prior, lengths, tree.block)
+    first = [0, *itertools.accumulate(sizes)]
+    for level in range(len(sizes) - 1, 0, -1):
+        if sizes[level]:
+            kernels.nodes_backward[(sizes[level], key_heads, batch)](
+                *nodes, *grads, first[level - 1], first[level], first[-1], key_heads, RADIX=tree.radix, **tile,
             )  # fmt: skip
-        first = np.cumsum((0, *sizes)).tolist()
-        for level in range(1, len(sizes)):
-            if sizes[level]:
-                kernels.pool_nodes[(sizes[level], key_heads, batch)](
-                    kbar,
-                    vbar,
-                    mass,
-                    entropy,
-                    first[level - 1],
-                    first[level],
-                    nodes,
-                    key_heads,
-                    RADIX=radix,
-                    **tile,
-                )
-        ctx.save_for_backward(k, v, prior, lengths, kbar, vbar, mass, entropy)
-        return kbar, vbar, mass, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dkbar, dvbar, dmass, dentropy):  # type: ignore[override]
-        k, v, prior, lengths, kbar, vbar, mass, entropy = ctx.saved_tensors
-        scale, block, radix, sizes = ctx.constants
-        batch, tokens, key_heads, width = k.shape
-        # The kernels add to them on the way down.
-        below = [_own(x) for x in (dkbar, dvbar, dmass, dentropy)]
-        tile, leaf = _tiles(k, prior, lengths, block)
-        first = np.cumsum((0, *sizes)).tolist()
-        for level in range(len(sizes) - 1, 0, -1):
-            if sizes[level]:
-                kernels.nodes_backward[(sizes[level], key_heads, batch)](
-                    kbar, vbar, mass, entropy, *below, first[level - 1], first[level], first[-1], key_heads,
-                    RADIX=radix, **tile,
-                )  # fmt: skip
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in "kv")
-        dprior = None
-        if prior is not None:
-            dprior = torch.empty(batch, sizes[0], key_heads, width, device=k.device)
-        kernels.leaves_backward[(triton.cdiv(tokens, block), key_heads, batch)](
-            k, v, k if prior is None else prior, k if lengths is None else lengths, *below,
-            dk, dv, dk if dprior is None else dprior,
-            *k.stride()[:3], *v.stride()[:3], tokens, sizes[0], first[-1], key_heads, scale, **tile, **leaf,
-        )  # fmt: skip
-        if dprior is not None:
-            dprior = dprior.sum((0, 1)).to(prior.dtype)
-        return dk, dv, dprior, None, None, None, None, None
-
-
-def _own(x: Tensor) -> Tensor:
-    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    dk, dv = (
+        torch.empty(k.shape, dtype=k.dtype, device=k.device) if x is None or x.dtype != k.dtype else x
+        for x in (dk_token, dv_token)
+    )
+    dprior = None
+    if prior is not None:
+        dprior = torch.empty(batch, sizes[0], key_heads, width, device=k.device)
+    kernels.leaves_backward[(triton.cdiv(tokens, tree.block), key_heads, batch)](
+        k, v, k if prior is None else prior, k if lengths is None else lengths, *grads,
+        dk if dk_token is None else dk_token, dv if dv_token is None else dv_token, dk, dv, dk if dprior is None else dprior,
+        *k.stride()[:3], *v.stride()[:3], tokens, sizes[0], first[-1], key_heads, tree.scale,
+        ADD_K=dk_token is not None, ADD_V=dv_token is not None, **tile, **leaf,
+    )  # fmt: skip
+    return dk, dv, None if dprior is None else dprior.sum((0, 1)).to(prior.dtype)
 
 
 def _tiles(k: Tensor, prior: Tensor | None, lengths: Tensor | None, block: int) -> tuple[dict, dict]:
     width = k.shape[3]
-    tile = {"D": width, "BD": triton.next_power_of_2(width), "num_warps": 4}
+    tile = {"D": width, "BD": triton.next_power_of_2(width), "num_warps": 2}
     return tile, {"BLOCK": block, "PRIOR": prior is not None, "LENGTHS": lengths is not None}

@@ -31,112 +31,215 @@ def list_of_level(first, level, levels, RADIX: tl.constexpr, GUARD: tl.constexpr
 
 
 @triton.jit
-def _summaries(
-    kbar, vbar, entropy, base, begin, end, num_key_heads, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """Keys, values, entropies of the nodes begin .. begin + BN - 1 of a level with first row `base`; which lie before end."""
-    c = begin + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    ok = c < end
-    row = base + c.to(tl.int64) * num_key_heads
-    mask = ok[:, None] & (d < D)[None, :]
-    at = row[:, None] * D + d[None, :]
-    return tl.load(kbar + at, mask, 0.0), tl.load(vbar + at, mask, 0.0), tl.load(entropy + row, ok, 0.0), ok
+def listed_nodes(c, first, leaves, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.constexpr):
+    """The lists of all levels for the far boundary `first` (in blocks) one after the other, finest first: node at place c
+    (counted through the levels), its level and its place in that level's list. leaves: whole blocks of the sequence; what
+    level a node is on is computed, for a table would be waited for."""
+    node = tl.zeros_like(c)
+    level = tl.zeros_like(c)
+    place = c
+    begin = 0
+    hi = first
+    offset = 0
+    size = leaves
+    for at in tl.static_range(LEVELS):
+        lo = list_begin(hi, at, LEVELS, RADIX, GUARD)
+        node = tl.where(c >= begin, offset + lo - begin + c, node)
+        level = tl.where(c >= begin, at, level)
+        place = tl.where(c >= begin, c - begin, place)
+        begin += hi - lo
+        hi = lo // RADIX
+        offset += size
+        size = size // RADIX
+    return node, level, place
 
 
 @triton.jit
-def _attend(acc, top, total, s, vt, PREC: tl.constexpr):
-    """Online softmax: one more tile of scores (log 2) and their values."""
-    new = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - new[:, None])
+def listed_count(first, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.constexpr):
+    """How many nodes all lists hold."""
+    count = 0
+    hi = first
+    for at in tl.static_range(LEVELS):
+        lo = list_begin(hi, at, LEVELS, RADIX, GUARD)
+        count += hi - lo
+        hi = lo // RADIX
+    return count
+
+
+@triton.jit
+def _place(
+    num_tokens, num_heads,
+    HG: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Of a program: its first query block and the first of its HG heads.
+
+    QB neighbouring blocks begin where their far boundary, WINDOW - 1 blocks before, is a multiple of QB: then they differ in
+    the finest list only, and there by its end. The first program may begin before token 0.
+    """
+    shift: tl.constexpr = (QB - (WINDOW - 1) % QB) % QB
+    rows = tl.cdiv(tl.cdiv(num_tokens, BLOCK) + shift, QB)
+    parts = num_heads // HG
+    pid = tl.program_id(0)
+    # Heads first: programs at work at the same time read the same tokens.
+    return (rows - 1 - pid // parts) * QB - shift, pid % parts * HG
+
+
+@triton.jit
+def _window_tile(
+    t,
+    own,
+    low,
+    diagonal,
+    token,
+    BLOCK: tl.constexpr,
+    QB: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """First key of the t-th tile that needs a mask, and the mask: from the program's own keys on, then from its oldest."""
+    begin = diagonal + t * BK
+    if QB > 1:
+        begin = tl.where(t < own, begin, low + (t - own) * BK)
+    col = begin + tl.arange(0, BK)
+    seen = col[None, :] <= token[:, None]
+    if QB > 1:
+        seen = seen & (col[None, :] // BLOCK > token[:, None] // BLOCK - WINDOW)
+    return begin, seen
+
+
+@triton.jit
+def _far_tile(
+    begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
+    HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
+    RADIX: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of BN listed nodes, what their scores (log 2) have beyond q . k per row, -inf where a row does not list
+    them, and their levels."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    c = begin + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    ok = c < count
+    node, level, _ = listed_nodes(c, first + QB - 1, leaves, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+    # 32 bits: nodes are too few to need more, and addresses cost registers.
+    at = node * num_key_heads
+    mask = ok[:, None] & (d < D)[None, :]
+    k_far = tl.load(kbar + base * D + (at[:, None] * D + d[None, :]), mask, 0.0)
+    v_far = tl.load(vbar + base * D + (at[:, None] * D + d[None, :]), mask, 0.0)
+    h = tl.load(entropy + base + at, ok, 0.0)
+    addend = tl.full((HG * QB * BLOCK, BN), float("-inf"), tl.float32)
+    for part in tl.static_range(HG * QB):
+        bias = tl.load(level_bias + (head + part // QB) * LEVELS + level, ok, 0.0)
+        # Level 0 comes first in the row of all nodes: there `node` counts leaves.
+        seen = ok & ((level > 0) | (node < first + part % QB))
+        bias = tl.where(seen, (h + bias) * LOG2E, float("-inf"))
+        addend = tl.where((row // BLOCK == part)[:, None], bias[None, :], addend)
+    return k_far, v_far, addend, level
+
+
+@triton.jit
+def _attend(acc, top, total, s, factor, vt, PREC: tl.constexpr):
+    """Online softmax: one more tile of scores, `factor` (>= 0) times s in log 2, and their values."""
+    new = tl.maximum(top, tl.max(s, 1) * factor)
+    p = tl.exp2(s * factor - new[:, None])
     rescale = tl.exp2(top - new)
     acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
     return acc, new, total * rescale + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def cover_forward(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
+    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, out, lse,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
-    num_tokens, num_nodes, num_heads, num_key_heads, levels, scale,
-    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
-    BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """out and lse (natural) of one softmax over the local window, BK keys (whole blocks) at a time, and, if LISTS, all listed
-    summaries."""
-    i = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1) * HG
-    b = tl.program_id(2).to(tl.int64)
-    kh = head // G
-    row = tl.arange(0, BLOCK * HG)
-    token = i * BLOCK + row % BLOCK
-    heads = head + row // BLOCK
-    d = tl.arange(0, BD)
-    at_row = token.to(tl.int64)[:, None]
-    row_ok = (token < num_tokens)[:, None] & (d < D)[None, :]
-    qt = tl.load(q_local + b * sqb + at_row * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0)
-    scale2 = scale * 1.4426950408889634
-    first = tl.maximum(0, i - WINDOW + 1)
-    m = tl.full((BLOCK * HG,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK * HG,), tl.float32)
-    acc = tl.zeros((BLOCK * HG, BD), tl.float32)
-    col = tl.arange(0, BK)
-    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
-    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
-    # The last keys, the query's own block among them, need a mask.
-    last = first + (i - first) // (BK // BLOCK) * (BK // BLOCK)
-    for j in tl.range(first, last, BK // BLOCK):
-        s = tl.dot(qt, k_rows.load([j * BLOCK, 0]).T, input_precision=PREC) * scale2
-        acc, m, total = _attend(acc, m, total, s, v_rows.load([j * BLOCK, 0]), PREC=PREC)
-    s = tl.dot(qt, k_rows.load([last * BLOCK, 0]).T, input_precision=PREC) * scale2
-    s = tl.where(last * BLOCK + col[None, :] <= token[:, None], s, float("-inf"))
-    acc, m, total = _attend(acc, m, total, s, v_rows.load([last * BLOCK, 0]), PREC=PREC)
-    if LISTS:
-        qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
-        hi = first
-        for level in range(levels):
-            lo = list_begin(hi, level, levels, RADIX, GUARD)
-            bias = tl.load(level_bias + heads * levels + level)
-            base = (b * num_nodes + tl.load(offsets + level)) * num_key_heads + kh
-            for begin in tl.range(lo, hi, BN, num_stages=1):
-                k_far, v_far, h, ok = _summaries(
-                    kbar, vbar, entropy, base, begin, hi, num_key_heads, D=D, BD=BD, BN=BN
-                )
-                far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2
-                far += (h[None, :] + bias[:, None]) * 1.4426950408889634
-                far = tl.where(ok[None, :], far, float("-inf"))
-                acc, m, total = _attend(acc, m, total, far, v_far, PREC=PREC)
-            hi = lo // RADIX
-    at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
-    tl.store(out + at_out * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), row_ok)
-    at_lse = (b * num_heads + heads) * num_tokens + token
-    tl.store(lse + at_lse, (m + tl.log2(total)) * 0.6931471805599453, token < num_tokens)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def cover_dq(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, lse, delta, dq_local, dq, dbias,
-    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
-    num_tokens, num_nodes, num_heads, num_key_heads, levels, scale,
-    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr,
+    num_tokens, num_nodes, num_heads, num_key_heads, scale,
+    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
+    LEVELS: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the local queries, and if LISTS of the far queries and (per query) of the level biases. JOINT: both are
-    the same queries, and the sum goes to dq.
-
-    dbias (B, N, H, levels) receives the sums of the logit gradients of every level.
-    """
-    i = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1) * HG
-    b = tl.program_id(2).to(tl.int64)
+    """out and lse (natural) of one softmax over the local window, BK keys at a time, and, if LISTS, all listed summaries, BN
+    at a time. JOINT: q_local and q are the same."""
+    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
+    b = tl.program_id(1).to(tl.int64)
     kh = head // G
-    row = tl.arange(0, BLOCK * HG)
-    token = i * BLOCK + row % BLOCK
-    heads = head + row // BLOCK
+    row = tl.arange(0, QB * BLOCK * HG)
+    token = i * BLOCK + row % (QB * BLOCK)
+    heads = head + row // (QB * BLOCK)
     d = tl.arange(0, BD)
     at_row = token.to(tl.int64)[:, None]
-    token_ok = token < num_tokens
+    token_ok = (token >= 0) & (token < num_tokens)
+    row_ok = token_ok[:, None] & (d < D)[None, :]
+    qt = tl.load(q_local + b * sqb + at_row * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0)
+    scale2 = scale * 1.4426950408889634
+    first = i - WINDOW + 1
+    m = tl.full((QB * BLOCK * HG,), float("-inf"), tl.float32)
+    total = tl.zeros((QB * BLOCK * HG,), tl.float32)
+    acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
+    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
+    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
+    low = tl.maximum(0, first + QB - 1) * BLOCK
+    diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
+    for begin in tl.range(low, diagonal, BK):
+        s = tl.dot(qt, k_rows.load([begin, 0]).T, input_precision=PREC)
+        acc, m, total = _attend(acc, m, total, s, scale2, v_rows.load([begin, 0]), PREC=PREC)
+    # Every row sees a key of the first tile that needs a mask: from there on all maxima are finite.
+    # A count that the compiler does not know: a loop of one step would be unrolled, and the assembler then makes every product
+    # of the kernel wait for the one before (ptxas C7515).
+    own = (i * BLOCK + QB * BLOCK - diagonal + BK - 1) // BK
+    masked = own
+    if QB > 1:
+        masked += tl.where(first >= 0, (QB - 1) * BLOCK // BK, 0)
+    for t in tl.range(0, masked):
+        begin, seen = _window_tile(t, own, first * BLOCK, diagonal, token, BLOCK, QB, WINDOW, BK)
+        s = tl.dot(qt, k_rows.load([begin, 0]).T, input_precision=PREC) * scale2
+        s = tl.where(seen, s, float("-inf"))
+        acc, m, total = _attend(acc, m, total, s, 1.0, v_rows.load([begin, 0]), PREC=PREC)
+    if LISTS:
+        if JOINT:
+            qf = qt
+        else:
+            qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
+        count = listed_count(tl.maximum(0, first + QB - 1), LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+        base = b * num_nodes * num_key_heads + kh
+        leaves = num_tokens // BLOCK
+        for begin in tl.range(0, count, BN, num_stages=1):
+            k_far, v_far, addend, _ = _far_tile(
+                begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
+                HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
+            )  # fmt: skip
+            far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + addend
+            acc, m, total = _attend(acc, m, total, far, 1.0, v_far, PREC=PREC)
+    at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
+    # A division an element would cost as much as half a tile of keys.
+    share = 1.0 / total
+    tl.store(out + at_out * D + d[None, :], (acc * share[:, None]).to(out.dtype.element_ty), row_ok)
+    at_lse = (b * num_heads + heads) * num_tokens + token
+    tl.store(lse + at_lse, (m + tl.log2(total)) * 0.6931471805599453, token_ok)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
+def cover_dq(
+    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, dout, out, lse, dlse, delta, dq_local, dq, dbias,
+    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
+    num_tokens, num_nodes, num_heads, num_key_heads, scale,
+    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
+    LEVELS: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, BIAS: tl.constexpr, DLSE: tl.constexpr,
+    COLUMNS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dout * out) - dlse, gradients of the local queries, and if LISTS of the far queries and, if BIAS, per
+    query of the level biases. JOINT: both are the same queries, and with LISTS the sum goes to dq.
+
+    dbias (B, N, H, LEVELS) receives the sums of the logit gradients of every level.
+    """
+    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
+    b = tl.program_id(1).to(tl.int64)
+    kh = head // G
+    row = tl.arange(0, QB * BLOCK * HG)
+    token = i * BLOCK + row % (QB * BLOCK)
+    heads = head + row // (QB * BLOCK)
+    d = tl.arange(0, BD)
+    at_row = token.to(tl.int64)[:, None]
+    token_ok = (token >= 0) & (token < num_tokens)
     row_ok = token_ok[:, None] & (d < D)[None, :]
     at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
     at_lse = (b * num_heads + heads) * num_tokens + token
@@ -144,100 +247,65 @@ def cover_dq(
     do = tl.load(dout + at_out * D + d[None, :], row_ok, 0.0)
     # Rows beyond the sequence: exp2(s - inf) is 0.
     lse2 = tl.load(lse + at_lse, token_ok, float("inf")) * 1.4426950408889634
-    dl = tl.load(delta + at_lse, token_ok, 0.0)
+    o = tl.load(out + at_out * D + d[None, :], row_ok, 0.0)
+    dl = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if DLSE:
+        dl -= tl.load(dlse + at_lse, token_ok, 0.0)
+    tl.store(delta + at_lse, dl, token_ok)
     scale2 = scale * 1.4426950408889634
-    first = tl.maximum(0, i - WINDOW + 1)
-    col = tl.arange(0, BLOCK)
-    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
-    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BLOCK)
-    acc = tl.zeros((BLOCK * HG, BD), tl.float32)
-    for j in tl.range(first, i):
-        kt = k_rows.load([j * BLOCK, 0])
-        vt = v_rows.load([j * BLOCK, 0])
+    first = i - WINDOW + 1
+    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
+    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
+    acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
+    low = tl.maximum(0, first + QB - 1) * BLOCK
+    diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
+    for begin in tl.range(low, diagonal, BK):
+        kt = k_rows.load([begin, 0])
+        vt = v_rows.load([begin, 0])
         p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
         ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-    kt = k_rows.load([i * BLOCK, 0])
-    vt = v_rows.load([i * BLOCK, 0])
-    p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
-    p = tl.where(col[None, :] <= (row % BLOCK)[:, None], p, 0.0)
-    ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
-    acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-    if not JOINT:
+    own = (i * BLOCK + QB * BLOCK - diagonal + BK - 1) // BK
+    masked = own
+    if QB > 1:
+        masked += tl.where(first >= 0, (QB - 1) * BLOCK // BK, 0)
+    for t in tl.range(0, masked):
+        begin, seen = _window_tile(t, own, first * BLOCK, diagonal, token, BLOCK, QB, WINDOW, BK)
+        kt = k_rows.load([begin, 0])
+        vt = v_rows.load([begin, 0])
+        p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
+        p = tl.where(seen, p, 0.0)
+        ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
+        acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+    if not (JOINT and LISTS):
         tl.store(dq_local + at_out * D + d[None, :], (acc * scale).to(dq_local.dtype.element_ty), row_ok)
     if LISTS:
-        qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
-        if not JOINT:
-            acc = tl.zeros((BLOCK * HG, BD), tl.float32)
-        at_bias = ((b * num_tokens + token) * num_heads + heads) * levels
-        hi = first
-        for level in range(levels):
-            lo = list_begin(hi, level, levels, RADIX, GUARD)
-            bias = tl.load(level_bias + heads * levels + level)
-            base = (b * num_nodes + tl.load(offsets + level)) * num_key_heads + kh
-            sums = tl.zeros((BLOCK * HG,), tl.float32)
-            for begin in tl.range(lo, hi, BN, num_stages=1):
-                k_far, v_far, h, ok = _summaries(
-                    kbar, vbar, entropy, base, begin, hi, num_key_heads, D=D, BD=BD, BN=BN
-                )
-                far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2
-                far += (h[None, :] + bias[:, None]) * 1.4426950408889634 - lse2[:, None]
-                p_far = tl.where(ok[None, :], tl.exp2(far), 0.0)
-                ds_far = p_far * (tl.dot(do, v_far.T, input_precision=PREC) - dl[:, None])
-                acc = tl.dot(ds_far.to(k_far.dtype), k_far, acc, input_precision=PREC)
-                sums += tl.sum(ds_far, 1)
-            tl.store(dbias + at_bias + level, sums, token_ok)
-            hi = lo // RADIX
+        if JOINT:
+            qf = qt
+        else:
+            qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
+            acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
+        count = listed_count(tl.maximum(0, first + QB - 1), LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+        base = b * num_nodes * num_key_heads + kh
+        leaves = num_tokens // BLOCK
+        # One column a level.
+        column = tl.arange(0, COLUMNS)
+        sums = tl.zeros((QB * BLOCK * HG, COLUMNS), tl.float32)
+        for begin in tl.range(0, count, BN, num_stages=1):
+            k_far, v_far, addend, level = _far_tile(
+                begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
+                HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
+            )  # fmt: skip
+            p_far = tl.exp2(tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + (addend - lse2[:, None]))
+            ds_far = (p_far * (tl.dot(do, v_far.T, input_precision=PREC) - dl[:, None])).to(k_far.dtype)
+            acc = tl.dot(ds_far, k_far, acc, input_precision=PREC)
+            if BIAS:
+                chosen = (level[:, None] == column[None, :]).to(k_far.dtype)
+                sums = tl.dot(ds_far, chosen, sums, input_precision=PREC)
+        if BIAS:
+            at_bias = ((b * num_tokens + at_row) * num_heads + heads[:, None]) * LEVELS + column[None, :]
+            tl.store(dbias + at_bias, sums, token_ok[:, None] & (column < LEVELS)[None, :])
         tl.store(dq + at_out * D + d[None, :], (acc * scale).to(dq.dtype.element_ty), row_ok)
-
-
-@triton.jit
-def window_dkv(
-    q_local, k_local, v, dout, lse, delta, dk, dv,
-    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_tokens, num_heads, num_key_heads, scale,
-    G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the local keys and of the values: a program owns a key block and walks the query blocks that see it."""
-    j = tl.program_id(0)
-    kh = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BD)
-    col = tl.arange(0, BLOCK)
-    at = (j * BLOCK + col).to(tl.int64)
-    at_ok = (at < num_tokens)[:, None] & (d < D)[None, :]
-    kt = tl.load(k_local + b * skb + at[:, None] * skn + kh * skh + d[None, :], at_ok, 0.0)
-    vt = tl.load(v + b * svb + at[:, None] * svn + kh * svh + d[None, :], at_ok, 0.0)
-    row = tl.arange(0, BLOCK * HG)
-    scale2 = scale * 1.4426950408889634
-    dk_acc = tl.zeros((BLOCK, BD), tl.float32)
-    dv_acc = tl.zeros((BLOCK, BD), tl.float32)
-    blocks = tl.minimum(WINDOW, tl.cdiv(num_tokens, BLOCK) - j)
-    for step in tl.range(0, blocks * (G // HG)):
-        i = j + step // (G // HG)
-        heads = kh * G + (step % (G // HG)) * HG + row // BLOCK
-        token = i * BLOCK + row % BLOCK
-        at_row = token.to(tl.int64)
-        token_ok = token < num_tokens
-        row_ok = token_ok[:, None] & (d < D)[None, :]
-        qt = tl.load(
-            q_local + b * sqb + at_row[:, None] * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0
-        )
-        at_out = (b * num_tokens + at_row) * num_heads + heads
-        do = tl.load(dout + at_out[:, None] * D + d[None, :], row_ok, 0.0)
-        at_lse = (b * num_heads + heads) * num_tokens + token
-        lse2 = tl.load(lse + at_lse, token_ok, float("inf")) * 1.4426950408889634
-        dl = tl.load(delta + at_lse, token_ok, 0.0)
-        s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * scale2
-        p = tl.exp2(s - lse2[None, :])
-        p = tl.where((j * BLOCK + col)[:, None] <= token[None, :], p, 0.0)
-        dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision=PREC)
-        ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
-        dk_acc = tl.dot(ds.to(qt.dtype), qt, dk_acc, input_precision=PREC)
-    at_key = ((b * num_tokens + at) * num_key_heads + kh)[:, None] * D + d[None, :]
-    tl.store(dk + at_key, (dk_acc * scale).to(dk.dtype.element_ty), at_ok)
-    tl.store(dv + at_key, dv_acc.to(dv.dtype.element_ty), at_ok)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 @triton.jit
 def far_dq(
-    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, part_score, part_mix,
+    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, part_dscore, part_dmix,
     dout, lse, delta, dq, dbias, dmix,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
@@ -26,7 +26,7 @@ def far_dq(
     PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of the far queries, per query dbias (B, N, H, levels) and dmix (B, N, H): the summaries' share, and the sum of the
-    places' (part, part_score, part_mix: dq, dsbar and dbeta of `leaves.leaf_backward`). ADD: to what dq holds."""
+    places' (part, part_dscore, part_dmix: dq, dsbar and dbeta of `leaves.leaf_backward`). ADD: to what dq holds."""
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -89,8 +89,8 @@ def far_dq(
         for n in tl.range(0, places, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
             acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-            dbias_sum += tl.load(part_score + place, ok, 0.0)
-            dmix_sum += tl.load(part_mix + place, ok, 0.0)
+            dbias_sum += tl.load(part_dscore + place, ok, 0.0)
+            dmix_sum += tl.load(part_dmix + place, ok, 0.0)
         if ADD:
             acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
         tl.store(dbias + at_scalar * levels, dbias_sum, ok)
@@ -129,18 +129,16 @@ def gather_children(
 
 @triton.jit
 def node_dkv(
-    q, kbar, vbar, entropy, level_bias, offsets, bounds, base_bits, words, readers, items, dout, lse, delta, partial,
+    q, kbar, vbar, entropy, level_bias, offsets, words, readers, items, dout, lse, delta, partial,
     sqb, sqn, sqh,
     num_tokens, num_nodes, num_heads, num_key_heads, levels, level, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    BEAM: tl.constexpr, BM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, PREC: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr, BM: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Per work item, the gradients of COLUMNS neighbouring summaries over some readers: partial (items, COLUMNS, 2 D + 1).
 
-    items (., 4) int64: pair of sequence and key head (-1: none), number of the family, first and last reader. LISTED: readers
-    are the tokens first .. last - 1, which list some of the nodes; MASKED: without those they opened. Else the readers are
-    entries of `gather_children`, in the order of `readers`. bounds (blocks, 2): the lists
-    of the level, [lo, hi) for the queries of every block.
+    items (., 4) int64: pair of sequence and key head (-1: none), number of the family, first and last reader. The readers are
+    entries of `gather_children`, in the order of `readers`.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     item = tl.program_id(0).to(tl.int64)
@@ -167,19 +165,13 @@ def node_dkv(
         for r0 in tl.range(0, count, BM):
             ok = r0 + row < count
             at_reader = begin + (r0 + row) // G
-            if LISTED:
-                token = at_reader
-                lo = tl.load(bounds + token // BLOCK * 2, ok, 0)
-                hi = tl.load(bounds + token // BLOCK * 2 + 1, ok, 0)
-                keep = (node[None, :] >= lo[:, None]) & (node[None, :] < hi[:, None])
-                if MASKED:
-                    bits = tl.load(base_bits + (pair * num_tokens + token) * levels + level, ok, 0)
-                    keep = keep & (((bits[:, None] >> ((node[None, :] - lo[:, None]) & 31)) & 1) == 0)
-            else:
-                entry = tl.load(readers + at_reader, ok, 0)
-                token = entry // BEAM - pair * num_tokens
-                word = tl.load(words + entry, ok, 0)
-                keep = ((word[:, None] >> c[None, :]) & 1) != 0
+            # Nodes are the rows of the products: their gradients take P and dS from registers.
+            entry = tl.load(readers + at_reader, ok, 0)
+            token = entry // BEAM - pair * num_tokens
+            word = tl.load(words + entry, ok, 0)
+            low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
+            word = tl.where((c < 32)[:, None], low[None, :], high[None, :])
+            keep = ((word >> (c & 31)[:, None]) & 1) != 0
             head = kh * G + (r0 + row) % G
             row_ok = ok[:, None] & (d < D)[None, :]
             qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
@@ -190,14 +182,14 @@ def node_dkv(
             lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
             dl = tl.load(delta + at_lse, ok, 0.0)
             bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
-            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
-                h[None, :] + bias[:, None]
+            s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E) + (
+                h[:, None] + bias[None, :]
             )
             p = tl.where(keep, tl.exp2(s), 0.0)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PREC)
-            ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
-            dk = tl.dot(tl.trans(ds.to(qt.dtype)), qt, dk, input_precision=PREC)
-            dh += tl.sum(ds, 0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
+            ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
+            dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PREC)
+            dh += tl.sum(ds, 1)
         at = partial + (item * COLUMNS + c)[:, None] * (2 * D + 1) + d[None, :]
         mask = (d < D)[None, :] & (c >= 0)[:, None]
         tl.store(at, dk * scale, mask)

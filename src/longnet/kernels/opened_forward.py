@@ -11,7 +11,8 @@ from longnet.kernels.routing import column_nodes, count_places, load_rows
 
 @triton.jit
 def far_attend(
-    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, part_weight, out, lse,
+    q, kbar, vbar, entropy, level_bias, router_mix, offsets, opened, united, sizes, kept,
+    part, part_mass, part_score, out, lse,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
@@ -19,8 +20,8 @@ def far_attend(
 ):  # fmt: skip
     """Join unopened summaries and opened leaves with the local result in out and lse, which are replaced.
 
-    united, sizes, kept: the tables of `routing`, one level after the other. part, part_weight: of every place the leaf's
-    softmax mean and log2 of its weight, (pairs, tiles T, TOP_K, G, D) and without D.
+    united, sizes, kept: the tables of `routing`, one level after the other. part, part_mass, part_score: what
+    `leaves.leaf_forward` left of every place; its weight is W = (1 - beta) mass + beta score.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
@@ -74,11 +75,13 @@ def far_attend(
                 total = total * rescale + tl.sum(p, 1)
                 acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision=PREC)
                 m = new
+        beta = tl.load(router_mix + head, ok, 1.0)
         places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
         for n in tl.range(0, places, num_stages=STAGES):
             place = ((tile * T + t_row) * TOP_K + n) * G + g
             o = tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-            weight = tl.load(part_weight + place, ok, float("-inf"))
+            mass = tl.load(part_mass + place, ok, 0.0)
+            weight = mass + beta * (tl.load(part_score + place, ok, 0.0) - mass)
             new = tl.maximum(m, weight)
             rescale = tl.exp2(m - new)
             share = tl.exp2(weight - new)

@@ -109,11 +109,13 @@ def nodes_backward(
 
 @triton.jit
 def leaves_backward(
-    k, v, prior, lengths, dkbar, dvbar, dmass, dentropy, dk, dv, dprior,
+    k, v, prior, lengths, dkbar, dvbar, dmass, dentropy, dk_token, dv_token, dk, dv, dprior,
     skb, skn, skh, svb, svn, svh, num_tokens, num_leaves, num_nodes, num_key_heads, scale,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, PRIOR: tl.constexpr, LENGTHS: tl.constexpr,
+    ADD_K: tl.constexpr, ADD_V: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (B, N, K, D) of all tokens, 0 behind the last whole leaf; dprior (B, leaves, K, D) fp32, summed by the caller."""
+    """dk, dv (B, N, K, D) of all tokens: what comes through their leaf, nothing behind the last whole one, and if ADD what
+    dk_token, dv_token hold; dprior (B, leaves, K, D) fp32, summed by the caller."""
     leaf, kh, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BD)
     d_ok = d < D
@@ -130,15 +132,20 @@ def leaves_backward(
     row = (b * num_nodes + leaf) * num_key_heads + kh
     dkb = tl.load(dkbar + row * D + d, d_ok & whole, 0.0)
     dvb = tl.load(dvbar + row * D + d, d_ok & whole, 0.0)
-    dk_token = a[:, None] * dkb[None, :]
+    grad = a[:, None] * dkb[None, :]
     if PRIOR:
         kt = kt.to(tl.float32)
         da = tl.sum(dkb[None, :] * kt + dvb[None, :] * vt.to(tl.float32), 1)
         da -= tl.load(dentropy + row, whole, 0.0) * log_a
         dz = scale * a * (da - tl.sum(a * da, 0) + tl.load(dmass + row, whole, 0.0))
-        dk_token += dz[:, None] * p[None, :]
+        grad += dz[:, None] * p[None, :]
         at = (b * num_leaves + leaf) * num_key_heads + kh
         tl.store(dprior + at * D + d, tl.sum(dz[:, None] * kt, 0), d_ok & whole)
     at = ((b * num_tokens + token) * num_key_heads + kh)[:, None] * D + d[None, :]
-    tl.store(dk + at, dk_token.to(dk.dtype.element_ty), ok)
-    tl.store(dv + at, (a[:, None] * dvb[None, :]).to(dv.dtype.element_ty), ok)
+    if ADD_K:
+        grad += tl.load(dk_token + at, ok, 0.0).to(tl.float32)
+    tl.store(dk + at, grad.to(dk.dtype.element_ty), ok)
+    grad = a[:, None] * dvb[None, :]
+    if ADD_V:
+        grad += tl.load(dv_token + at, ok, 0.0).to(tl.float32)
+    tl.store(dv + at, grad.to(dv.dtype.element_ty), ok)
