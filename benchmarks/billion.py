@@ -4,9 +4,10 @@
     python benchmarks/billion.py train --layers 4 --width 256 --tokens 1000000000 --chunk 1048576
     python benchmarks/billion.py train --preset base --tokens 134217728 --steps 1 --compile --residual bf16 --shrink
     python benchmarks/billion.py checkpoint --preset base --tokens 65536 1048576 3145728 --compare 2097152
+    python benchmarks/billion.py checkpoint --preset base --tokens 1048576 --offload
 
 `checkpoint` is ordinary training, the whole sequence at once: layers recomputed in the backward pass, token-wise work in
-tiles, the residual stream in bf16. It ends with the longest sequence that fits.
+tiles, the residual stream in bf16; with --offload their inputs wait in host memory. It ends with the longest sequence that fits.
 
 The text is what stands in the source files below --root, in the order of their names, from the beginning again when it
 ends before `--tokens` bytes do: every report says how many bytes are distinct. Weights are random: what is shown is cost,
@@ -109,6 +110,9 @@ def main() -> None:
     parser.add_argument(
         "--largest", type=int, default=2**23, help="checkpoint: where the search for the longest ends"
     )
+    parser.add_argument(
+        "--offload", action="store_true", help="checkpoint: inputs of layers wait in host memory"
+    )
     parser.add_argument("--chunk", type=int, default=131072)
     parser.add_argument(
         "--compile", type=int, nargs="?", const=120, default=0, metavar="SECONDS",
@@ -153,7 +157,7 @@ def main() -> None:
     facts["preparing_seconds"] = time.perf_counter() - began
     name = f"{options.what}-{options.preset or f'{options.layers}x{options.width}'}-{max(lengths)}"
     if several:
-        checkpoint(options, ids, facts, name)
+        checkpoint(options, ids, facts, name + "-offload" * options.offload)
         return
 
     def write(result: dict) -> None:

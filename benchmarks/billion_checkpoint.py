@@ -14,12 +14,15 @@ from billion_setup import PEAK, build, low_residual, memory
 from billion_train import distance, gradients
 from longnet import LongNetForCausalLM
 from longnet.model.tiles import set_tile
+from longnet.train.offload import offload_layer_inputs
 
 
 def checkpointed(options: argparse.Namespace, tokens: int) -> LongNetForCausalLM:
-    """The model of `build`, its layers recomputed, in tiles, hidden states in bf16 wherever autocast is on."""
+    """The model of `build`, its layers recomputed, in tiles, hidden states in bf16 wherever autocast is on; --offload."""
     model = build(options, tokens).train()
     model.gradient_checkpointing_enable()
+    if options.offload:
+        offload_layer_inputs(model)
     set_tile(model, options.tile)
     low_residual(model, options.device)
     return model
@@ -117,8 +120,9 @@ def next_length(rows: list[dict], largest: int, unit: int) -> int | None:
 
 
 def table(result: dict) -> str:
+    where = ", their inputs in host memory" if result["offload"] else ""
     lines = [
-        f"{result['device']}, torch {result['torch']}, {result['date']}; layers recomputed, tiles of {result['tile']} "
+        f"{result['device']}, torch {result['torch']}, {result['date']}; layers recomputed{where}, tiles of {result['tile']} "
         "tokens, bf16 autocast and residual stream, fp32 weights and AdamW; recomputation is not counted in MFU",
         "",
         "| tokens | tokens/s | MFU | peak GiB | seconds of the best step | loss of every step |",
@@ -147,7 +151,7 @@ def table(result: dict) -> str:
 def checkpoint(options: argparse.Namespace, ids: np.ndarray, facts: dict, name: str) -> dict:
     """Every length of --tokens, --compare, then the longest that fits; files are written anew after each."""
     deadline = time.perf_counter() + options.max_seconds
-    result = facts | {"tile": options.tile, "rows": []}
+    result = facts | {"tile": options.tile, "offload": options.offload, "rows": []}
 
     def write() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -169,7 +173,8 @@ def checkpoint(options: argparse.Namespace, ids: np.ndarray, facts: dict, name: 
         if time.perf_counter() + seconds * tokens > deadline:
             result["stopped"] = f"no time for {tokens:,} tokens"
             break
-        result["rows"].append(attempt(options, ids, tokens, 1, deadline))
+        # With --offload the first step at a length pins host memory.
+        result["rows"].append(attempt(options, ids, tokens, 1 + options.offload, deadline))
         write()
     write()
     print((options.out / f"{name}.md").read_text())

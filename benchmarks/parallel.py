@@ -6,18 +6,23 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --hierarchical  # the same of hierarchical attention
     python benchmarks/parallel.py --plan                                            # a simulated job, no device at all
 
-Rank 0 prints one JSON line. Errors: the largest difference to one device in the same dtype, over its largest value; "ulp" is the
+Rank 0 prints one JSON line. On stderr every rank says what it has done and after how many seconds, and once a minute where it
+stands. Errors: the largest difference to one device in the same dtype, over its largest value; "ulp" is the
 rounding unit of the dtype. --one-gpu times share the device and pass through host memory: equality is what they show.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +31,22 @@ from longnet import DilatedPattern, HierarchicalPattern, dilated_attention, hier
 from longnet.attention.collectives import SequenceParallel
 from longnet.attention.hierarchical_parallel import sequence_parallel_hierarchical_attention
 from longnet.attention.sequence_parallel import sequence_parallel_attention
-from longnet.schedule import Shards, hierarchical_traffic, traffic, work
+from longnet.schedule import Shards, exchanges, hierarchical_traffic, traffic, work
+
+BEGAN = time.perf_counter()
+Attend = Callable[..., torch.Tensor]
+
+
+def done(what: str) -> None:
+    """A line for a rank that has come so far, its device included."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - BEGAN
+    print(
+        f"rank {os.environ['RANK']}, {time.strftime('%X')}, {seconds:.1f} s after imports: {what}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def simulated() -> None:
@@ -78,7 +98,7 @@ def median_ms(function, repeats: int) -> float:
     return statistics.median(times[2:])
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,63 +112,108 @@ def main() -> None:
     parser.add_argument("--one-gpu", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--plan", action="store_true")
-    options = parser.parse_args()
-    if options.plan:
-        return simulated()
+    return parser.parse_args()
+
+
+def connect(options: argparse.Namespace, timeout: timedelta) -> torch.device:
+    """This rank's device, when all ranks are there."""
     local = 0 if options.one_gpu else int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu" if options.cpu else f"cuda:{local}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo" if options.cpu or options.one_gpu else "nccl", timeout=timeout)
-    rank, world, n = dist.get_rank(), dist.get_world_size(), options.tokens
+    done("begins")
+    gloo = options.cpu or options.one_gpu
+    dist.init_process_group("gloo" if gloo else "nccl", timeout=timeout, device_id=None if gloo else device)
+    done(f"all ranks connected by {dist.get_backend()}")
+    return device
+
+
+def split(options: argparse.Namespace, world: int) -> Shards:
+    n = options.tokens
     shards = Shards.even(n, world)
     if options.uneven:
         inner = [b + 777 * (i + 1) for i, b in enumerate(shards.borders[1:-1])]
         shards = Shards((0, *inner, n))
     if options.hierarchical:
         shards = Shards(tuple(b if b == n else b // 64 * 64 for b in shards.borders))
-    tree, pattern = HierarchicalPattern(), DilatedPattern.geometric(n, options.window)
+    return shards
 
-    def one_device(q, k, v):
-        if options.hierarchical:  # by the path that the ranks take
-            return hierarchical_attention(q, k, v, tree, impl="torch").out
-        return dilated_attention(q, k, v, pattern).out
 
-    def many(q, k, v):
-        if options.hierarchical:
-            return sequence_parallel_hierarchical_attention(q, k, v, tree, parallel).out
-        return sequence_parallel_attention(q, k, v, pattern, parallel).out
-
-    parallel = SequenceParallel(shards, timeout=timeout)
+def compare(
+    options: argparse.Namespace, one_device: Attend, many: Attend, span: tuple[int, int], device: Any
+) -> dict:
+    """Errors of the ranks' rows against one device, largest over all ranks, and times."""
     dtype = torch.float64 if options.cpu else torch.bfloat16
     g = torch.Generator(device).manual_seed(0)
-    shape = (1, n, options.heads, options.width)
+    shape = (1, options.tokens, options.heads, options.width)
     q, k, v, dout = (torch.randn(shape, generator=g, device=device, dtype=dtype) for _ in range(4))
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
     out = one_device(*whole)
     exact = [out.detach(), *torch.autograd.grad(out, whole, dout)]
-    a, b = shards.span(rank)
+    done("one device")
+    a, b = span
     mine = [x[:, a:b].clone().requires_grad_() for x in (q, k, v)]
     part = many(*mine)
+    done("forward across ranks")
     got = [part.detach(), *torch.autograd.grad(part, mine, dout[:, a:b])]
     errors = torch.tensor(
         [float((x[:, a:b] - y).abs().max() / x.abs().max()) for x, y in zip(exact, got, strict=True)],
         device=device,
     )
     dist.all_reduce(errors, dist.ReduceOp.MAX)
+    done(f"backward across ranks, errors {errors.tolist()}")
     gradient = dout[:, a:b]
 
-    def both(inputs, call, grad):
-        torch.autograd.grad(call(inputs), inputs, grad)
+    def both(inputs: list, call: Attend, grad: torch.Tensor) -> None:
+        torch.autograd.grad(call(*inputs), inputs, grad)
 
-    across = median_ms(lambda: both(mine, lambda x: many(*x), gradient), options.repeats)
+    across = median_ms(lambda: both(mine, many, gradient), options.repeats)
     forward = median_ms(lambda: many(*mine), options.repeats)
-    alone = median_ms(lambda: both(whole, lambda x: one_device(*x), dout), options.repeats)
+    done("timed across ranks")
+    alone = median_ms(lambda: both(whole, one_device, dout), options.repeats)
+    done("timed on one device")
+    return {
+        "relative_error": dict(zip(("out", "dq", "dk", "dv"), errors.tolist(), strict=True)),
+        "ulp": torch.finfo(dtype).eps,
+        "forward_ms": forward,
+        "forward_backward_ms": across,
+        "one_device_forward_backward_ms": alone,
+    }
+
+
+def main() -> None:
+    options = parse()
+    if options.plan:
+        return simulated()
+    faulthandler.dump_traceback_later(60, repeat=True)
+    timeout = timedelta(seconds=120)
+    device = connect(options, timeout)
+    rank, world, n, heads = dist.get_rank(), dist.get_world_size(), options.tokens, options.heads
+    shards, tree = split(options, world), HierarchicalPattern()
+    pattern = DilatedPattern.geometric(n, options.window)
+
+    def one_device(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if options.hierarchical:  # by the path that the ranks take
+            return hierarchical_attention(q, k, v, tree, impl="torch").out
+        return dilated_attention(q, k, v, pattern).out
+
+    def many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if options.hierarchical:
+            return sequence_parallel_hierarchical_attention(q, k, v, tree, parallel).out
+        return sequence_parallel_attention(q, k, v, pattern, parallel).out
+
+    parallel = SequenceParallel(shards, timeout=timeout)
+    # NCCL makes a group by splitting that of all ranks, which must be idle then.
+    members = [] if options.hierarchical else [e.members for e in exchanges(pattern, heads, heads, shards)]
+    parallel.groups([*members, tuple(range(world))])
+    done("process groups made")
+    dist.all_reduce(torch.ones(1, device=device))
+    done("first collective")
+    found = compare(options, one_device, many, shards.span(rank), device)
     if options.hierarchical:  # without opened blocks
-        moved = hierarchical_traffic(tree, options.heads, options.width, shards, rank)
+        moved = hierarchical_traffic(tree, heads, options.width, shards, rank)
     else:
-        moved = traffic(pattern, options.heads, options.heads, options.width, shards, rank)
+        moved = traffic(pattern, heads, heads, options.width, shards, rank)
     if rank == 0:
         line = {
             "ranks": world,
@@ -157,16 +222,13 @@ def main() -> None:
             "attention": "hierarchical"
             if options.hierarchical
             else f"dilated, {len(pattern.branches)} branches",
-            "relative_error": dict(zip(("out", "dq", "dk", "dv"), errors.tolist(), strict=True)),
-            "ulp": torch.finfo(dtype).eps,
-            "forward_ms": forward,
-            "forward_backward_ms": across,
-            "one_device_forward_backward_ms": alone,
+            **found,
             "bytes_received_forward": moved.forward,
             "bytes_received_backward": moved.backward,
         }
-        print(json.dumps(line))
+        print(json.dumps(line), flush=True)
     dist.destroy_process_group()
+    done("ended")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 All models have the same parameters and initial weights and read the same windows. Each trains once at a constant rate and is
 measured twice, each time after a linear descent of the rate to zero over the last fifth: after the same number of bytes (what
-the slowest model reads in its time), and after the same seconds of training. Results are written after every model; the same
-command goes on where it was stopped.
+the slowest model of the first call reads in its time), and after the same seconds of training. While the rate falls, the router
+mix falls from 1 to a half; a model that opens blocks is also measured after the same seconds with its mix left at 1. Results are
+written after every model; the same command goes on where it was stopped.
 
     python recipes/long_text.py --data BOOKS --out runs/long-text --budget-minutes 9       # BOOKS: train, validation .jsonl.gz
     python recipes/long_text.py --data BOOKS --out /tmp/long-text --reduced --budget-minutes 1     # two cores
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from classification import read_lines
 from long_text_report import report
-from variants import Variant, build, dense
+from variants import Variant, build, dense, lower_mix
 
 from longnet import DilatedPattern, HierarchicalPattern, LongNetForCausalLM
 from longnet.text import VOCAB_SIZE, encode
@@ -34,6 +35,10 @@ from longnet.text import VOCAB_SIZE, encode
 # Share of the bytes, or of the time, over which the learning rate falls to zero.
 DESCENT = 0.2
 WARMUP = 30
+# Steps that kernels are compiled by.
+WARM = 3
+# Of the budget, for training; the rest measures.
+SHARE = 0.9
 # Steps between two looks at the clock, each of which waits for the device.
 LOOK = 5
 
@@ -158,10 +163,13 @@ class Run:
         if not math.isfinite(last):
             raise ValueError(f"the loss is {last} after {self.bytes} bytes; lower --learning-rate")
 
-    def descend(self, progress: Callable[[], float]) -> None:
-        """Steps at a rate that falls linearly with `progress()` from 1 - DESCENT to the end, 1."""
+    def descend(self, progress: Callable[[], float], mixed: bool = True) -> None:
+        """Steps at a rate that falls linearly with `progress()` from 1 - DESCENT to the end, 1; the mix too, if `mixed`."""
+        rate = lambda: max(0.0, min(1.0, (1 - progress()) / DESCENT))  # noqa: E731
         while progress() < 1:
-            self.steps_of(1, lambda: max(0.0, min(1.0, (1 - progress()) / DESCENT)))
+            if mixed:
+                lower_mix(self.model, 1 - rate())
+            self.steps_of(1, rate)
 
     def state(self) -> tuple:
         parts = (self.model.state_dict(), self.optimizer.state_dict())
@@ -180,6 +188,7 @@ def measure(run: Run, windows: torch.Tensor) -> dict:
 
 def train(variant: Variant, seed: int, setting: Setting, books: Books, windows: torch.Tensor, equal: dict) -> dict:  # fmt: skip
     """One row: the model after equal bytes and after equal seconds."""
+    Run(variant, seed, setting, books).steps_of(WARM)  # compiles, in whatever process, before time counts
     run = Run(variant, seed, setting, books)
     row = {"model": variant.name, "seed": seed, "parameters": sum(p.numel() for p in run.model.parameters())}
     heads, width = setting.size["num_attention_heads"], run.model.config.head_dim
@@ -195,8 +204,13 @@ def train(variant: Variant, seed: int, setting: Setting, books: Books, windows: 
     run.restore(kept)
     while by_time() < 1 - DESCENT:
         run.steps_of(LOOK)
+    kept = run.state()
     run.descend(by_time)
     row["equal_seconds"] = measure(run, windows)
+    if variant.opens:
+        run.restore(kept)
+        run.descend(by_time, mixed=False)
+        row["mix_kept"] = measure(run, windows)
     return row | {"curve": run.curve}
 
 
@@ -205,7 +219,7 @@ def speeds(names: list[str], setting: Setting, books: Books) -> dict[str, float]
     found = {}
     for name in names:
         run = Run(setting.variants()[name], 0, setting, books)
-        run.steps_of(3)
+        run.steps_of(WARM)
         run.seconds, before = 0.0, run.bytes
         run.steps_of(2 * LOOK)
         found[name] = (run.bytes - before) / run.seconds
@@ -254,9 +268,34 @@ def options() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--windows", type=int, default=48, help="validation windows")
     parser.add_argument("--budget-minutes", type=float, default=9.0, help="of everything")
+    parser.add_argument(
+        "--equal",
+        nargs=2,
+        type=float,
+        metavar=("SECONDS", "BYTES"),
+        help="what is equal; default: what the budget allows and the slowest model reads then",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--reduced", action="store_true", help="a model and windows for two cores")
     return parser.parse_args()
+
+
+def share(variant: Variant) -> float:
+    """What one model's training takes at most, its descents included, in equal seconds."""
+    return 1 + DESCENT * (1 + variant.opens)
+
+
+def chosen(
+    given: argparse.Namespace, setting: Setting, books: Books, names: list[str], data: dict, began: float
+) -> dict[str, float]:
+    """Seconds and bytes of training that are equal for all models; notes the speeds in `data` where it measures them."""
+    if given.equal:
+        return dict(zip(("seconds", "bytes"), given.equal, strict=True))
+    data["speeds"] = speeds(names, setting, books)
+    left = 60 * given.budget_minutes - (time.perf_counter() - began)
+    every = sum(share(setting.variants()[name]) for name in names) * len(given.seeds)
+    seconds = SHARE * left / every
+    return {"seconds": seconds, "bytes": seconds * min(data["speeds"].values())}
 
 
 def main() -> None:
@@ -276,11 +315,7 @@ def main() -> None:
     windows = Books(given.data / "validation.jsonl.gz", length, given.device).spread(given.windows)
     data = results.data
     if "equal" not in data:  # the first call decides what is equal, for all that follow
-        data["speeds"] = speeds(list(setting.variants()), setting, books)
-        left = 60 * given.budget_minutes - (time.perf_counter() - began)
-        each = left / len(names) / len(given.seeds)
-        seconds = 0.9 * each / (1 + DESCENT)  # the rest measures
-        data["equal"] = {"seconds": seconds, "bytes": seconds * min(data["speeds"].values())}
+        data["equal"] = chosen(given, setting, books, names, data, began)
         machine = torch.cuda.get_device_name() if "cuda" in given.device else "CPU"
         data["environment"] = {"torch": torch.__version__, "machine": machine}
         results.write()
@@ -289,7 +324,7 @@ def main() -> None:
         for name in names:
             if (name, seed) in finished:
                 continue
-            took = (1 + DESCENT) * data["equal"]["seconds"]
+            took = share(setting.variants()[name]) * data["equal"]["seconds"]
             if time.perf_counter() - began + took > 60 * given.budget_minutes * 1.05:
                 print(f"{name} seed {seed} is left out: the time ended. The same command goes on with it.")
                 continue

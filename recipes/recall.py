@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,19 +23,15 @@ import torch
 import torch.nn.functional as F
 from recall_report import report
 from recall_tasks import SHORTEST, TASKS, VOCABULARY, Batch
-from variants import Variant, build, dense
+from variants import MIX, TAPS, Variant, build, dense, layers, lower_mix
 
 from longnet import DilatedPattern, HierarchicalPattern, LongNetForCausalLM
-from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 
 SIZE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.05}
 # A needle in the mean of 64 tokens is hard to tell from none: of the 30 such nodes at the trained length this beam opens 16.
 TREE = HierarchicalPattern(block=16, radix=4, window_blocks=2, guard=1, top_k=4, beam=16)
 BUDGETS = (1, 2, 4, 8)
-# Router mix: 1 at first, which trains the router, in the last quarter of the steps down to this, which lets the right block
-# outweigh the others.
-MIX = 0.5
 # The model whose number of opened blocks is also changed after training.
 CHANGED = "opened-4"
 
@@ -58,7 +53,7 @@ def variants() -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a result depends on."""
+    """What a result depends on. taps: spread of the key convolution's taps at first; grow: short texts first."""
 
     task: str
     length: int
@@ -69,6 +64,8 @@ class Setting:
     texts: int
     device: str
     path: str | None
+    taps: float = TAPS
+    grow: bool = False
 
     def __post_init__(self) -> None:
         longest = self.length * 2**self.doublings
@@ -114,22 +111,30 @@ def accuracy(model: LongNetForCausalLM, length: int, setting: Setting) -> dict[s
     }
 
 
-def layers(model: LongNetForCausalLM) -> Iterator[LongNetHierarchicalAttention]:
-    for module in model.modules():
-        if isinstance(module, LongNetHierarchicalAttention):
-            yield module
-
-
-@torch.no_grad()
 def set_mix(model: LongNetForCausalLM, done: float) -> None:
-    """The router mix after this share of the training, where it is not learned."""
-    for layer in layers(model):
-        if not layer.router_mix.requires_grad:
-            layer.router_mix.fill_(1 - (1 - MIX) * max(0.0, 4 * done - 3))
+    """The router mix after this share of the training: lowered in the last quarter of the steps."""
+    lower_mix(model, 4 * done - 3)
+
+
+def lengths_of_steps(setting: Setting, seed: int) -> list[int]:
+    """Of every step: lengths from an eighth of the trained one, each as likely.
+
+    With `grow` from a sixteenth: the shortest alone in the first eighth of the steps, one more in every other, all from the
+    half on. In the shortest texts nearly everything is opened, so that questions find their answers as in a dense model, and
+    a step asks many more; the router learns from that when texts grow.
+    """
+    first = setting.length // (16 if setting.grow else 8)
+    lengths = [n for n in (first * 2**i for i in range(5)) if SHORTEST <= n <= setting.length]
+    generator = torch.Generator().manual_seed(seed)
+    if not setting.grow:
+        return [lengths[i] for i in torch.randint(len(lengths), (setting.steps,), generator=generator)]
+    drawn = torch.rand(setting.steps, generator=generator).tolist()
+    known = [min(len(lengths), 1 + 8 * step // setting.steps) for step in range(setting.steps)]
+    return [lengths[int(x * n)] for x, n in zip(drawn, known, strict=True)]
 
 
 def train(model: LongNetForCausalLM, name: str, seed: int, setting: Setting, deadline: float) -> list | None:
-    """The learning curve, or None if time ran out. Lengths from an eighth of the trained one, tokens a step always as many."""
+    """The learning curve, or None if time ran out. Tokens a step are always as many."""
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = setting.device.startswith("cuda")
     optimizer = torch.optim.AdamW(trained, setting.learning_rate, weight_decay=0.01, fused=fused)
@@ -137,11 +142,8 @@ def train(model: LongNetForCausalLM, name: str, seed: int, setting: Setting, dea
         optimizer, setting.learning_rate, setting.steps, pct_start=0.05
     )
     generator = torch.Generator(setting.device).manual_seed(seed)
-    lengths = [n for n in (setting.length // 8 * 2**i for i in range(4)) if n >= SHORTEST]
-    chosen = torch.randint(len(lengths), (setting.steps,), generator=torch.Generator().manual_seed(seed))
     curve = []
-    for step in range(1, setting.steps + 1):
-        length = lengths[chosen[step - 1]]
+    for step, length in enumerate(lengths_of_steps(setting, seed), 1):
         set_mix(model, step / setting.steps)
         batch = TASKS[setting.task](setting.tokens // length, length, generator)
         with setting.autocast():
@@ -167,7 +169,7 @@ def run(name: str, seed: int, setting: Setting, deadline: float) -> dict | None:
     """Train and test one model; None if the time ended before."""
     torch.set_num_threads(1 if setting.device.startswith("cuda") else torch.get_num_threads())
     variant, began = variants()[name], time.time()
-    model = build(variant, seed, **SIZE).to(setting.device)
+    model = build(variant, seed, setting.taps, **SIZE).to(setting.device)
     for layer in layers(model):
         layer.impl = setting.path
     curve = train(model, name, seed, setting, deadline)
@@ -300,6 +302,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--texts", type=int, default=64, help="texts of a test")
+    parser.add_argument(
+        "--taps", type=float, default=TAPS, help="spread of the key convolution's taps at first"
+    )
+    parser.add_argument(
+        "--grow", action="store_true", help="short texts first, all lengths from half of the steps"
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument(
         "--path", choices=["torch", "triton"], help="a path for trees instead of the best one"
@@ -308,7 +316,19 @@ def main() -> None:
     parser.add_argument("--budget-seconds", type=float, default=10**9)
     options = parser.parse_args()
     deadline = time.time() + options.budget_seconds
-    fields = ("task", "length", "doublings", "steps", "tokens", "learning_rate", "texts", "device", "path")
+    fields = (
+        "task",
+        "length",
+        "doublings",
+        "steps",
+        "tokens",
+        "learning_rate",
+        "texts",
+        "taps",
+        "grow",
+        "device",
+        "path",
+    )
     setting = Setting(**{name: getattr(options, name) for name in fields})
     results = Results(options.out, setting)
     todo = [(name, seed) for seed in options.seeds for name in options.models if not results.has(name, seed)]

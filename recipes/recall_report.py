@@ -31,10 +31,12 @@ def report(path: Path) -> str:
 
 def conditions(results: dict) -> str:
     setting, where = results["setting"], results["environment"]
+    grown = ", short ones first" if setting["grow"] else ""
     return (
         f"{setting['task'].capitalize()}: {setting['steps']} steps of {setting['tokens']} tokens, texts of up to"
-        f" {setting['length']}; {where['machine']}, torch {where['torch']}. Accuracy by tokens of the text, mean (least to most)"
-        " over seeds; keys: what the last token sees of a text of the trained length."
+        f" {setting['length']}{grown}; {where['machine']}, torch {where['torch']}; taps at first {setting['taps']}."
+        " Accuracy by tokens of the text, mean (least to most) over seeds; keys: what the last token sees of a text of the"
+        " trained length."
     )
 
 

@@ -6,12 +6,22 @@ convolution on keys included; what only a tree can use lies idle) and another op
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longnet import DilatedPattern, HierarchicalPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
+from longnet import (
+    DilatedPattern,
+    HierarchicalPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    dilated_attention,
+    explain,
+)
 from longnet.attention.hierarchical import unsupported
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.model.layers import apply_rotary
@@ -21,6 +31,8 @@ NEVER = -1e4
 # Spread of the convolution's taps at first. From zero, which is the layer's own start, a model needs several times as many steps
 # before it matches a token with what followed it earlier.
 TAPS = 0.5
+# Router mix: 1 while the router learns, lowered to this at the end of a training, which lets the right block outweigh the others.
+MIX = 0.5
 # One segment that no text outgrows: dense attention.
 EVERYTHING = 2**31
 
@@ -40,6 +52,11 @@ class Variant:
     summaries: bool = True
     mix_learned: bool = False
 
+    @property
+    def opens(self) -> bool:
+        """Whether blocks are opened, so that a router and its mix matter."""
+        return self.dilated is None and self.tree.top_k > 0
+
     def keys_share(self, tokens: int, heads: int) -> float:
         """Keys and summaries in the softmax of the last token, as a share of the text (dilated: the mean, against dense)."""
         if self.dilated is not None:
@@ -51,10 +68,14 @@ class Variant:
 
     def path(self, device: str, heads: int, width: int, tokens: int) -> str:
         """Which implementation runs: on CUDA in bfloat16, elsewhere in float32."""
-        if self.dilated is not None:
-            return "library attention"
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         q = torch.empty(1, 1, heads, width, device=device, dtype=dtype).expand(-1, tokens, -1, -1)
+        if self.dilated is not None:
+            return (
+                "torch's attention"
+                if is_dense(self.dilated)
+                else explain(q, q, q, self.dilated).split("'")[1]
+            )
         reason = unsupported(q, q, self.tree, True)
         return "triton" if reason is None else f"torch: {reason}"
 
@@ -63,8 +84,23 @@ def dense(name: str, tree: HierarchicalPattern, turned: bool = True) -> Variant:
     return Variant(name, tree, DilatedPattern((EVERYTHING,), (1,)), turned)
 
 
+def is_dense(pattern: DilatedPattern) -> bool:
+    """Whether every token sees all before it, whatever the length."""
+    return pattern.segment_lengths == (EVERYTHING,)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention (B, N, H, D) by torch's fastest kernel: what is compared with it must not win by its slowness."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    with sdpa_kernel(
+        [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True
+    ):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
 class LongNetPlainAttention(LongNetHierarchicalAttention):
-    """A hierarchical layer's parameters around dilated attention: the same projections, norms and convolution on keys."""
+    """A hierarchical layer's parameters around another attention: the same projections, norms and convolution on keys."""
 
     def __init__(
         self, config: LongNetConfig, layer_index: int, pattern: DilatedPattern, turned: bool
@@ -87,17 +123,23 @@ class LongNetPlainAttention(LongNetHierarchicalAttention):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, None)).to(v.dtype)
         if self.turned:
             q, k = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
-        out = dilated_attention(q, k, v, self.dilated, causal=self.causal, lengths=lengths).out
+        if lengths is None and self.causal and is_dense(self.dilated):
+            out = dense_attention(q, k, v)
+        else:
+            out = dilated_attention(q, k, v, self.dilated, causal=self.causal, lengths=lengths).out
         return self.o_proj(out.flatten(2))
 
 
-def build(variant: Variant, seed: int, **size: object) -> LongNetForCausalLM:
-    """A model of `size` (fields of LongNetConfig) with this attention; weights depend on the seed alone."""
+def build(variant: Variant, seed: int, taps: float = TAPS, **size: object) -> LongNetForCausalLM:
+    """A model of `size` (fields of LongNetConfig) with this attention; weights depend on the seed alone.
+
+    taps: spread of the convolution's taps at first.
+    """
     torch.manual_seed(seed)
     config = LongNetConfig(attention="hierarchical", hierarchical=asdict(variant.tree), **size)  # type: ignore[arg-type]
     model = LongNetForCausalLM(config)
     for layer in model.model.layers:
-        torch.nn.init.normal_(layer.attention.key_conv, std=TAPS)
+        torch.nn.init.normal_(layer.attention.key_conv, std=taps)
         layer.attention.router_mix.requires_grad_(variant.mix_learned)
     for index, layer in enumerate(model.model.layers):
         if variant.dilated is not None:
@@ -109,3 +151,18 @@ def build(variant: Variant, seed: int, **size: object) -> LongNetForCausalLM:
             torch.nn.init.constant_(layer.attention.level_bias, NEVER)
             layer.attention.level_bias.requires_grad_(False)
     return model
+
+
+def layers(model: LongNetForCausalLM) -> Iterator[LongNetHierarchicalAttention]:
+    """The attention layers, in order."""
+    for module in model.modules():
+        if isinstance(module, LongNetHierarchicalAttention):
+            yield module
+
+
+@torch.no_grad()
+def lower_mix(model: LongNetForCausalLM, done: float) -> None:
+    """The router mix, where it is not learned: 1 at first (done = 0), MIX when it has been lowered (1)."""
+    for layer in layers(model):
+        if not layer.router_mix.requires_grad:
+            layer.router_mix.fill_(1 - (1 - MIX) * min(1.0, max(0.0, done)))

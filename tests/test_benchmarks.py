@@ -240,6 +240,20 @@ def test_layer_checkpointing_in_small(script, monkeypatch, tmp_path):
     assert found["all"] < found["worst"] <= most["worst"]
     assert result["compare"]["checkpointed_twice"]["all"] < 1e-5
     assert (tmp_path / "out/checkpoint-2x64-700.md").read_text() in out
+    offloaded = [
+        "--tokens",
+        700,
+        "--largest",
+        700,
+        "--steps",
+        3,
+        "--offload",
+        "--out",
+        tmp_path / "offloaded",
+    ]
+    assert "their inputs in host memory" in script("billion", "checkpoint", *common, *offloaded)
+    (row,) = json.loads((tmp_path / "offloaded/checkpoint-2x64-700-offload.json").read_text())["rows"]
+    assert [step["loss"] for step in row["steps"]] == losses
     with pytest.raises(SystemExit, match="one length for train"):
         script("billion", "train", *common)
 

@@ -99,6 +99,20 @@ def test_going_back_before_the_descent(long_text, setting, data):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize(("mixed", "expected"), [(True, [1.0, 0.75]), (False, [1.0, 1.0])])
+def test_the_router_mix_falls_with_the_rate(long_text, setting, data, mixed, expected):
+    books = long_text.Books(data / "train.jsonl.gz", 128, "cpu")
+    run = long_text.Run(setting.variants()["hierarchical"], 0, setting, books)
+    found = []
+    steps_of = run.steps_of
+    run.steps_of = lambda *arguments: (
+        found.append(run.model.model.layers[1].attention.router_mix.tolist()),
+        steps_of(*arguments),
+    )
+    run.descend(lambda: (8 + len(found)) / 10, mixed)
+    assert found == [pytest.approx([x] * 2) for x in expected]
+
+
 def test_a_comparison_that_was_stopped_goes_on(long_text, data, monkeypatch, capsys, tmp_path):
     write(data / "train.jsonl.gz", ["once upon a time there was a long text. " * 60])
     base = [
@@ -133,7 +147,38 @@ def test_a_comparison_that_was_stopped_goes_on(long_text, data, monkeypatch, cap
     assert "| dense | 100.0 % |" in out
     assert (tmp_path / "out" / "long_text.png").stat().st_size > 1000
     assert "left out" in call("--models", "dilated", "--budget-minutes", 0.001)[0]
+    out, third = call("--models", "hierarchical", "--budget-minutes", 0.5)
+    assert third["rows"][2]["mix_kept"]["seconds"] >= third["equal"]["seconds"]
+    assert all("mix_kept" not in row for row in third["rows"][:2])
+    assert out.count("| hierarchical | ") == 2
+    assert out.count("| hierarchical, mix 1 | ") == 1
     with pytest.raises(ValueError, match="same setting"):
         call("--models", "dense", "--learning-rate", 1e-4)
     with pytest.raises(ValueError, match="expected some of dense"):
         call("--models", "dence")
+
+
+def test_what_is_equal_may_be_given(long_text, data, monkeypatch, tmp_path):
+    """Nothing is measured then: processes on several devices can share one choice."""
+    write(data / "train.jsonl.gz", ["once upon a time there was a long text. " * 60])
+    arguments = [
+        "long_text",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--reduced",
+        "--length",
+        128,
+        "--windows",
+        2,
+    ]
+    arguments += ["--device", "cpu", "--models", "local", "--equal", 0.2, 6144]
+    monkeypatch.setattr(sys, "argv", [str(x) for x in arguments])
+    long_text.main()
+    found = json.loads((tmp_path / "out" / "long_text.json").read_text())
+    assert found["equal"] == {"seconds": 0.2, "bytes": 6144}
+    assert found["speeds"] == {}
+    assert (
+        found["rows"][0]["equal_bytes"]["bytes"] == 10240
+    )  # looks at the clock every five steps of 2048 bytes

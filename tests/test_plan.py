@@ -12,15 +12,16 @@ from longnet.model import transformer
 from longnet.model.tiles import set_tile
 from longnet.plan import Job, Machine, best_chunk, largest, pick, reading, strategies
 from longnet.train.chunked import ChunkStore
+from longnet.train.offload import offload_layer_inputs
 
 GIB = 2**30
 RECORDS = Path(__file__).parents[1] / "benchmarks/results/h200-2026-11-24/billion"
 LATER = Path(__file__).parents[1] / "benchmarks/results/h200-2026-11-27/billion"
 
 
-def small(key_heads=4, **fields):
+def small(key_heads=4, layers=3, **fields):
     return LongNetConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=key_heads,
+        hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=key_heads,
         segment_lengths=[64, 256, 1024, 4096], dilation_rates=[1, 4, 16, 64], **fields,
     )  # fmt: skip
 
@@ -62,6 +63,10 @@ def peak_of(function):
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+def named(name, job, machine):
+    return next(s for s in strategies(job, machine) if s.name == name)
 
 
 def network_and_ids(config, tokens, batch=1):
@@ -106,6 +111,45 @@ def test_the_peak_of_a_step(recompute, monkeypatch):
     job = Job(config=network.config, tokens=4096, autocast=False, fused_norms=False)
     expected = job.kept(4096, recompute) + job.working(4096, recompute, tile=512)
     assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_the_peak_of_a_step_whose_layer_inputs_are_offloaded(monkeypatch):
+    monkeypatch.setattr(transformer, "LOSS_LOGITS", 2**15)
+    monkeypatch.setattr(plan, "LOSS_LOGITS", 2**15)
+    network, ids = network_and_ids(small(layers=12), 4096)
+    network.gradient_checkpointing_enable()
+    set_tile(network, 512)
+    offload_layer_inputs(network)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    found = peak_of(lambda: network.token_losses(ids, targets=ids).mean().backward())
+    job = Job(config=network.config, tokens=4096, autocast=False, fused_norms=False)
+    way = named("checkpointed, offloaded", job, Machine(memory=GIB, host_memory=GIB))
+    inputs = 12 * 4 * 64 * 4096
+    assert (way.host, way.memory["activations"]) == (inputs, inputs // 6)
+    # On a CPU both are one memory. Inputs that stayed in both places would take half as much again.
+    expected = way.host + way.memory["activations"] + job.working(4096, True, tile=512)
+    assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_offloaded_layer_inputs_against_those_on_the_device():
+    job = Job(config=geometric("base", 2**20), tokens=2**20, batch=2)
+    machine = Machine(memory=139 * GIB, host_memory=100 * GIB, host_link=10e9)
+    here, there = (named(name, job, machine) for name in ("checkpointed", "checkpointed, offloaded"))
+    one = 2 * 2**20 * 768 * 4
+    assert here.host == here.copied == 0
+    assert here.total - there.total == 10 * one  # one in use, one under way
+    assert there.host == 12 * one
+    assert there.copied == 23 * one  # the last is still there
+    assert there.flops == here.flops
+    assert there.seconds == pytest.approx(here.seconds + 23 * one / 10e9)
+    assert there.options == here.options | {"offload": True}
+    assert "host memory" not in there.problem
+    poor = named("checkpointed, offloaded", job, Machine(memory=139 * GIB, host_memory=50 * GIB))
+    assert poor.problem == "needs 72.0 GiB of host memory of 45.0 that may be filled"
+    # A single layer has nothing under way.
+    alone = Job(config=geometric("base", 2**20, num_hidden_layers=1), tokens=2**20)
+    assert len({named(n, alone, machine).total for n in ("checkpointed", "checkpointed, offloaded")}) == 1
 
 
 @pytest.mark.parametrize("chunk", [64, 100, 256, 1000, 8192])
@@ -184,8 +228,15 @@ def test_what_is_picked_needs_less_memory_the_longer_the_sequence():
     assert offloaded.name.endswith("offloaded")
     assert offloaded.options["offload"]
     assert offloaded.host > 4 * GIB
-    assert reason.startswith("needs about")
-    assert "whole needs" in reason
+    needs = f"needs about {offloaded.total / GIB:.2f} of 12.00 GiB and {offloaded.host / GIB:.2f} of 64.00 GiB of host memory"
+    assert reason.startswith(f"{needs}, the fastest that fits; whole needs")
+    # Several devices have no chunks: where layer inputs do not fit, the hosts take them.
+    job = Job(config=geometric("base", 2**25), tokens=2**25)
+    names = [
+        pick(job, Machine(memory=memory * GIB, devices=16, host_memory=100 * GIB))[0].name
+        for memory in (1000, 150, 75)
+    ]
+    assert names == ["whole", "checkpointed", "checkpointed, offloaded"]
 
 
 def test_the_chosen_chunk_is_the_best_one_and_grows_with_the_root_of_the_length():
@@ -208,7 +259,7 @@ def test_the_chosen_chunk_is_the_best_one_and_grows_with_the_root_of_the_length(
 
 def test_the_largest_length_fits_and_a_longer_one_does_not():
     job, machine = Job(config=four_by_256(), tokens=10**6), Machine(memory=80 * GIB, host_memory=100 * GIB)
-    for name in ("whole", "checkpointed", "chunked", "chunked, offloaded"):
+    for name in ("whole", "checkpointed", "checkpointed, offloaded", "chunked", "chunked, offloaded"):
         most = largest(name, job, machine)
 
         def problem(tokens, name=name):
@@ -237,10 +288,14 @@ def test_many_devices_divide_memory_and_receive_as_much_however_long_the_sequenc
     chosen, _ = pick(job, Machine(memory=139 * GIB, devices=256))
     assert chosen.name == "checkpointed"
     assert chosen.received < 20 * 10**9
-    alone = strategies(job, Machine(memory=139 * GIB))[1]
+    alone = named("checkpointed", job, Machine(memory=139 * GIB))
     assert chosen.flops == pytest.approx(alone.flops / 256)
-    ways = strategies(job, Machine(memory=139 * GIB, devices=2))
-    assert [s.name for s in ways] == ["whole", "checkpointed"]  # in chunks on one device only
+    for host, expected in (
+        (0, ["whole", "checkpointed"]),
+        (1, ["whole", "checkpointed", "checkpointed, offloaded"]),
+    ):
+        ways = strategies(job, Machine(memory=139 * GIB, devices=2, host_memory=host))
+        assert [s.name for s in ways] == expected  # in chunks on one device only
 
 
 def test_a_plan_for_1024_devices_looks_at_few_of_their_segments(monkeypatch):

@@ -4,11 +4,13 @@ import importlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import longnet
 from longnet.attention import hierarchical
 
 LENGTHS = (128, 256, 1024)
@@ -129,6 +131,25 @@ def test_only_angles_tell_a_dense_model_where_a_key_lies():
         assert not torch.allclose(layer(embedded[0], rotary)[0, -1], a, atol=1e-4)
 
 
+def test_dense_models_attend_as_one_segment_of_everything_does():
+    """They are computed by another kernel, forward and backward."""
+    recall, variants = load("recall"), load("variants")
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(2, 50, heads, 16, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    pattern = recall.variants()["dense"].dilated
+    results = []
+    for out in (variants.dense_attention(q, k, v), longnet.dilated_attention(q, k, v, pattern).out):
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert recall.variants()["dense"].path("cpu", 4, 64, 256) == "torch's attention"
+    assert recall.variants()["dilated"].path("cpu", 4, 64, 256) == "strided"
+
+
 def test_the_kernels_take_every_tree_on_a_gpu(monkeypatch):
     """Only the device is pretended: the rules about patterns and dtypes are the operation's own."""
     recall = load("recall")
@@ -214,10 +235,11 @@ def test_a_report_draws_models_whose_names_say_more_than_how_many_blocks_they_op
     row = {"seed": 0, "keys_share": 0.1, "accuracy": {"128": {"accuracy": 0.5}}}
     rows = [row | {"model": name} for name in load("recall").variants()]
     where = {"machine": "CPU", "torch": "2"}
-    setting = {"task": "recall", "length": 128, "steps": 2, "tokens": 256}
+    setting = {"task": "recall", "length": 128, "steps": 2, "tokens": 256, "taps": 0.5, "grow": True}
     path = tmp_path / "recall.json"
     path.write_text(json.dumps({"setting": setting, "environment": where, "rows": rows}))
     text = load("recall_report").report(path)
+    assert "texts of up to 128, short ones first; CPU, torch 2; taps at first 0.5." in text
     assert all(f"| {row['model']} | 10.0 % | 1 | 0.500 |" in text for row in rows)
     assert path.with_suffix(".png").exists()
 
@@ -246,6 +268,29 @@ def test_results_of_another_setting_are_not_mixed_in(recipe, tmp_path):
     recipe(tmp_path, "--models", "local", "--seeds", 0)
     with pytest.raises(ValueError, match="same setting"):
         recipe(tmp_path, "--models", "local", "--seeds", 0, "--learning-rate", 1e-3)
+
+
+def test_short_texts_come_first_where_asked_and_every_length_in_the_end():
+    recall = load("recall")
+    fields = {"task": "passkey", "length": 2048, "doublings": 0, "steps": 800, "tokens": 2048}
+    setting = recall.Setting(**fields, learning_rate=5e-3, texts=2, device="cpu", path=None, grow=True)
+    lengths = recall.lengths_of_steps(setting, 0)
+    known = [set(lengths[i : i + 100]) for i in range(0, 800, 100)]
+    every = (128, 256, 512, 1024, 2048)
+    assert known == [set(every[: min(5, n)]) for n in range(1, 9)]
+    assert lengths == recall.lengths_of_steps(setting, 0) != recall.lengths_of_steps(setting, 1)
+    mixed = recall.lengths_of_steps(replace(setting, grow=False), 0)
+    assert {256, 512, 1024, 2048} == set(mixed[:100])
+
+
+def test_taps_begin_with_the_spread_that_is_asked_for():
+    recall, variants = load("recall"), load("variants")
+    taps = [
+        variants.build(recall.variants()["local"], 0, taps, **recall.SIZE).model.layers[0].attention.key_conv
+        for taps in (0.5, 1.0)
+    ]
+    assert torch.equal(2 * taps[0], taps[1])
+    assert taps[1].std().item() == pytest.approx(1.0, abs=0.15)
 
 
 def test_lengths_that_cannot_be(recipe, tmp_path):

@@ -110,7 +110,7 @@ class Job:
         return max(loss, tokens * attention, swiglu) + tokens * angles
 
     def kept(self, tokens: int, recompute: bool) -> int:
-        """Bytes that all layers keep of so many tokens: everything, or the residual stream between layers."""
+        """Bytes that all layers keep of so many tokens: everything, or their inputs, the residual stream between layers."""
         layer = 4 * self.config.hidden_size if recompute else self.layer()
         return tokens * self.config.num_hidden_layers * layer
 
@@ -211,6 +211,7 @@ class Strategy:
 _WAYS = {
     "whole": (False, False, False),
     "checkpointed": (True, False, False),
+    "checkpointed, offloaded": (True, False, True),
     "chunked": (False, True, False),
     "chunked, offloaded": (False, True, True),
     "chunked and checkpointed": (True, True, False),
@@ -259,8 +260,10 @@ def pick(job: Job, machine: Machine) -> tuple[Strategy, str]:
             "shorten the sequence, take a smaller batch or more devices"
         )
     best = min(fitting, key=lambda s: s.seconds)
-    needs = f"needs about {best.total / 2**30:.2f} of {machine.memory / 2**30:.2f} GiB, the fastest that fits"
-    return best, f"{needs}; {lacking}" if lacking else needs
+    needs = f"needs about {best.total / 2**30:.2f} of {machine.memory / 2**30:.2f} GiB"
+    if best.host:
+        needs += f" and {best.host / 2**30:.2f} of {machine.host_memory / 2**30:.2f} GiB of host memory"
+    return best, "; ".join(filter(None, (f"{needs}, the fastest that fits", lacking)))
 
 
 def largest(name: str, job: Job, machine: Machine) -> int:
@@ -294,37 +297,34 @@ def _strategy(name: str, job: Job, machine: Machine) -> Strategy:
     config, ranks = job.config, machine.devices
     shard = -(-job.tokens // ranks)
     memory = {"weights": _weights(job, ranks)}
-    options: dict[str, Any] = {
-        "gradient_checkpointing": recompute,
-        "tile_tokens": TILE if recompute else None,
+    options: dict[str, Any] = {"sequence_strategy": "chunked" if chunked else "whole", "offload": offload}
+    options |= {"gradient_checkpointing": recompute, "tile_tokens": TILE if recompute else None}
+    spare = SHARE * machine.memory - memory["weights"] if offload else math.inf
+    chunk = best_chunk(job, recompute, spare) if chunked else shard
+    options["chunk_tokens"] = chunk if chunked else None
+    n, layers, host, copied = chunk * job.batch, config.num_hidden_layers, 0, 0
+    memory |= {
+        "activations": job.kept(n, recompute),
+        "working set": job.working(n, recompute),
+        "kept rows": 0,
     }
-    options |= {
-        "sequence_strategy": "chunked" if chunked else "whole",
-        "chunk_tokens": None,
-        "offload": offload,
-    }
-    chunk = shard
     if chunked:
-        chunk = best_chunk(
-            job, recompute, SHARE * machine.memory - memory["weights"] if offload else math.inf
-        )
-        options["chunk_tokens"] = chunk
-    n = chunk * job.batch
-    memory |= {"activations": job.kept(n, recompute), "working set": job.working(n, recompute)}
-    rows = job.rows(chunk) if chunked else 0
-    memory["kept rows"] = 0
-    if chunked:
+        rows = job.rows(chunk)
         memory["kept rows"] = job.row_gradients(chunk) + (job.staged(chunk) if offload else rows)
+        if offload:
+            host, copied = rows, layers * job.copied(chunk) * -(-job.tokens // chunk)
+    elif offload:
+        # Of the inputs of layers the device holds one in use and one under way; the last is still there in the backward pass.
+        host = memory["activations"]
+        memory["activations"], copied = host // layers * min(2, layers), host // layers * (2 * layers - 1)
     forward, backward = _exchange(job, ranks)
-    memory["exchange"] = forward * (1 if recompute else config.num_hidden_layers) + backward
+    memory["exchange"] = forward * (1 if recompute else layers) + backward
     flops = _flops(job, chunk if chunked else job.tokens, recompute, recompute and n > TILE) / ranks
     parameters = config.num_parameters()
-    received = config.num_hidden_layers * (forward * (2 if recompute else 1) + backward)
+    received = layers * (forward * (2 if recompute else 1) + backward)
     received += int(3 * 4 * parameters * (ranks - 1) / ranks)  # gathered twice, gradients scattered once
-    copied = config.num_hidden_layers * job.copied(chunk) * -(-job.tokens // chunk) if offload else 0
     # As if nothing that travels were hidden behind computation.
     seconds = flops / machine.rate + copied / machine.host_link + received / machine.link
-    host = rows if offload else 0
     return Strategy(
         name=name, options=options, memory=memory, host=host, flops=flops, received=received, copied=copied, seconds=seconds,
         problem=_problem(sum(memory.values()), host, machine),

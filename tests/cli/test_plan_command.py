@@ -22,8 +22,8 @@ def test_the_table_and_the_figures_agree(plan):
     assert lines[0].startswith("85.2 million parameters, 12 layers of 768, 6 branches up to 2,097,152 tokens")
     code, out, _ = plan(*arguments, "--json")
     found = json.loads(out)
-    assert [s["name"] for s in found["training"]] == [line.split("  ")[0].rstrip() for line in lines[2:8]]
-    for way, line in zip([*found["training"], found["reading"]], lines[2:9], strict=True):
+    assert [s["name"] for s in found["training"]] == [line.split("  ")[0].rstrip() for line in lines[2:9]]
+    for way, line in zip([*found["training"], found["reading"]], lines[2:10], strict=True):
         assert f" {way['total'] / 2**30:,.1f} " in line
         assert sum(way["memory"].values()) == way["total"]
         assert (" no " in line) == bool(way["problem"])
@@ -43,6 +43,25 @@ def test_the_recommended_options_are_those_of_the_trainer(plan, memory, flag):
     assert flag in command
     config = tyro.cli(TrainConfig, args=["--data", "d", "--output", "o", *command], registry=registry)
     assert config.sequence_length == 2**20
+
+
+def test_layer_inputs_on_the_hosts_of_several_devices(plan):
+    from longnet.cli.recipe import registry
+    from longnet.train import TrainConfig
+    from longnet.train.config import _check_strategy
+
+    arguments = ["--tokens", 2**25, "--ratio", 4, "--devices", 16, "--memory", 75, "--host-memory", 100]
+    code, out, _ = plan(*arguments)
+    assert code == 0
+    name, command = out.splitlines()[-1].split(": longnet train ")
+    assert name == "checkpointed, offloaded"
+    config = tyro.cli(
+        TrainConfig, args=["--data", "d", "--output", "o", *shlex.split(command)], registry=registry
+    )
+    assert (config.sequence_strategy, config.gradient_checkpointing, config.offload) == ("whole", True, True)
+    _check_strategy(config, LongNetConfig.preset("base"))
+    _, out, _ = plan(*arguments[:-1], 50)
+    assert "nothing fits" in out
 
 
 def test_a_saved_model_many_devices_and_nothing_that_fits(plan, tmp_path):

@@ -98,13 +98,8 @@ COVER_TILES = {
     "dq": ((2, 64, 8, 3, None), (1, 64, 4, 2, None)),
     "dkv": ((1, 64, 4, 2, None), (1, 64, 4, 2, None)),
 }
-# Whether programs at work at the same time share tokens (True) or heads.
-HEADS_FIRST = {"forward": True, "dq": True, "dkv": True}
-# Listed nodes at a time.
-LISTED_NODES = 64
-# Loops of their own for tiles that need masks; rows of queries by tensor descriptors.
-SPLIT = {"forward": True, "dq": True, "dkv": True}
-DKV_TMA = True
+# Listed nodes at a time: with 64 the forward pass spills.
+LISTED_NODES = {"forward": 32, "dq": 64}
 
 
 def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
@@ -112,8 +107,6 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
     tile = tile_of(shape, dtype) | {
         "BLOCK": geometry.block,
         "WINDOW": geometry.window,
-        "SPLIT": SPLIT[kernel],
-        "HEADS_FIRST": HEADS_FIRST[kernel],
         "num_warps": warps,
         "num_stages": stages if dtype != torch.float32 else 1,
         "maxnreg": registers,
@@ -126,9 +119,8 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
         "G": shape.group,
         "HG": heads,
         "QB": blocks,
-        "SPLIT": SPLIT[kernel] or blocks > 1,
         "BK": keys if blocks == 1 else min(keys, geometry.block),
-        "BN": LISTED_NODES,
+        "BN": LISTED_NODES[kernel],
         "RADIX": geometry.radix,
         "GUARD": geometry.guard,
         "LEVELS": geometry.levels,
@@ -137,7 +129,7 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
 
 def by_descriptor(shape: Shape) -> bool:
     """Whether a descriptor can address the blocks of lse: each begins on 16 bytes, coordinates have 31 bits."""
-    return DKV_TMA and shape.tokens % 4 == 0 and shape.batch * shape.heads * shape.tokens < 2**31
+    return shape.tokens % 4 == 0 and shape.batch * shape.heads * shape.tokens < 2**31
 
 
 def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:

@@ -125,7 +125,7 @@ def forward(
     counts = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads)
     sizes = (*counts, geometry.levels, scale)
     cover.cover_forward[cover_grid(shape, geometry, tile)](
-        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
+        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, out, lse,
         *strides(q_local), *strides(k_local), *strides(v), *strides(q), *counts, scale,
         LISTS=not opening, JOINT=joint, **tile,
     )  # fmt: skip

@@ -67,7 +67,7 @@ def backward(
         dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "dq")
     cover.cover_dq[cover_grid(shape, geometry, tile)](
-        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, out,
+        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, dout, out,
         lse, lse if dlse is None else dlse.contiguous(), delta, dq_local, dq, delta if dbias is None else dbias,
         *strides(q_local), *strides(k_local), *strides(v), *strides(q), *counts, scale,
         LISTS=not opening, JOINT=joint, BIAS=dbias is not None, DLSE=dlse is not None,
@@ -152,8 +152,8 @@ class _Far(NamedTuple):
             cover_keys.listed_dkv[
                 (epochs.count * parts, triton.cdiv(epochs.columns, tile["NODES"]), shape.pairs)
             ](
-                self.q, self.kbar, self.vbar, self.entropy, self.level_bias, self.offsets,
-                self.offsets if routes is None else routes.base_bits, self.dout, self.lse, self.delta, partial,
+                self.q, self.kbar, self.vbar, self.entropy, self.level_bias,
+                self.delta if routes is None else routes.base_bits, self.dout, self.lse, self.delta, partial,
                 *strides(self.q), shape.tokens, nodes, shape.heads, shape.key_heads, epochs.columns, self.scale,
                 MASKED=routes is not None, **tile,
             )  # fmt: skip

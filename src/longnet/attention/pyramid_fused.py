@@ -84,5 +84,5 @@ def pool_backward(
 
 def _tiles(k: Tensor, prior: Tensor | None, lengths: Tensor | None, block: int) -> tuple[dict, dict]:
     width = k.shape[3]
-    tile = {"D": width, "BD": triton.next_power_of_2(width), "num_warps": 4}
+    tile = {"D": width, "BD": triton.next_power_of_2(width), "num_warps": 2}
     return tile, {"BLOCK": block, "PRIOR": prior is not None, "LENGTHS": lengths is not None}

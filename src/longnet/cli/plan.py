@@ -47,7 +47,7 @@ def plan(
         bf16: bfloat16 autocast, as on a GPU; without it all numbers take 4 bytes.
         devices: GPUs that share every sequence.
         memory: GiB of one GPU.
-        host_memory: GiB of the host, for each GPU, that may hold what the chunked pass keeps; 0: none.
+        host_memory: GiB of the host, for each GPU, that may hold what waits for the backward pass; 0: none.
         tflops: 10^12 operations a second that a GPU really reaches; a tenth to two fifths of what its maker states.
         link: 10^9 bytes a second that a GPU receives from the others.
         host_link: 10^9 bytes a second between a GPU and its host.

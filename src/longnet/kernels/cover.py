@@ -31,21 +31,26 @@ def list_of_level(first, level, levels, RADIX: tl.constexpr, GUARD: tl.constexpr
 
 
 @triton.jit
-def listed_nodes(c, first, offsets, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.constexpr):
+def listed_nodes(c, first, leaves, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.constexpr):
     """The lists of all levels for the far boundary `first` (in blocks) one after the other, finest first: node at place c
-    (counted through the levels), its level and its place in that level's list."""
+    (counted through the levels), its level and its place in that level's list. leaves: whole blocks of the sequence; what
+    level a node is on is computed, for a table would be waited for."""
     node = tl.zeros_like(c)
     level = tl.zeros_like(c)
     place = c
     begin = 0
     hi = first
+    offset = 0
+    size = leaves
     for at in tl.static_range(LEVELS):
         lo = list_begin(hi, at, LEVELS, RADIX, GUARD)
-        node = tl.where(c >= begin, tl.load(offsets + at) + lo - begin + c, node)
+        node = tl.where(c >= begin, offset + lo - begin + c, node)
         level = tl.where(c >= begin, at, level)
         place = tl.where(c >= begin, c - begin, place)
         begin += hi - lo
         hi = lo // RADIX
+        offset += size
+        size = size // RADIX
     return node, level, place
 
 
@@ -64,7 +69,7 @@ def listed_count(first, LEVELS: tl.constexpr, RADIX: tl.constexpr, GUARD: tl.con
 @triton.jit
 def _place(
     num_tokens, num_heads,
-    HG: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, WINDOW: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    HG: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Of a program: its first query block and the first of its HG heads.
 
@@ -75,9 +80,8 @@ def _place(
     rows = tl.cdiv(tl.cdiv(num_tokens, BLOCK) + shift, QB)
     parts = num_heads // HG
     pid = tl.program_id(0)
-    if HEADS_FIRST:
-        return (rows - 1 - pid // parts) * QB - shift, pid % parts * HG
-    return (rows - 1 - pid % rows) * QB - shift, pid // rows * HG
+    # Heads first: programs at work at the same time read the same tokens.
+    return (rows - 1 - pid // parts) * QB - shift, pid % parts * HG
 
 
 @triton.jit
@@ -105,7 +109,7 @@ def _window_tile(
 
 @triton.jit
 def _far_tile(
-    begin, first, count, base, kbar, vbar, entropy, level_bias, offsets, head, row, num_key_heads,
+    begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
     HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
     RADIX: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +119,7 @@ def _far_tile(
     c = begin + tl.arange(0, BN)
     d = tl.arange(0, BD)
     ok = c < count
-    node, level, _ = listed_nodes(c, first + QB - 1, offsets, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+    node, level, _ = listed_nodes(c, first + QB - 1, leaves, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
     # 32 bits: nodes are too few to need more, and addresses cost registers.
     at = node * num_key_heads
     mask = ok[:, None] & (d < D)[None, :]
@@ -144,17 +148,17 @@ def _attend(acc, top, total, s, factor, vt, PREC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def cover_forward(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, out, lse,
+    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, out, lse,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    LEVELS: tl.constexpr, SPLIT: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    LEVELS: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """out and lse (natural) of one softmax over the local window, BK keys at a time, and, if LISTS, all listed summaries, BN
     at a time. JOINT: q_local and q are the same."""
-    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW, HEADS_FIRST)
+    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
     b = tl.program_id(1).to(tl.int64)
     kh = head // G
     row = tl.arange(0, QB * BLOCK * HG)
@@ -173,9 +177,7 @@ def cover_forward(
     k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
     v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
     low = tl.maximum(0, first + QB - 1) * BLOCK
-    diagonal = low
-    if SPLIT:
-        diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
+    diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
     for begin in tl.range(low, diagonal, BK):
         s = tl.dot(qt, k_rows.load([begin, 0]).T, input_precision=PREC)
         acc, m, total = _attend(acc, m, total, s, scale2, v_rows.load([begin, 0]), PREC=PREC)
@@ -198,35 +200,38 @@ def cover_forward(
             qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
         count = listed_count(tl.maximum(0, first + QB - 1), LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         base = b * num_nodes * num_key_heads + kh
+        leaves = num_tokens // BLOCK
         for begin in tl.range(0, count, BN, num_stages=1):
             k_far, v_far, addend, _ = _far_tile(
-                begin, first, count, base, kbar, vbar, entropy, level_bias, offsets, head, row, num_key_heads,
+                begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
                 HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
             )  # fmt: skip
             far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + addend
             acc, m, total = _attend(acc, m, total, far, 1.0, v_far, PREC=PREC)
     at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
-    tl.store(out + at_out * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), row_ok)
+    # A division an element would cost as much as half a tile of keys.
+    share = 1.0 / total
+    tl.store(out + at_out * D + d[None, :], (acc * share[:, None]).to(out.dtype.element_ty), row_ok)
     at_lse = (b * num_heads + heads) * num_tokens + token
     tl.store(lse + at_lse, (m + tl.log2(total)) * 0.6931471805599453, token_ok)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def cover_dq(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, offsets, dout, out, lse, dlse, delta, dq_local, dq, dbias,
+    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, dout, out, lse, dlse, delta, dq_local, dq, dbias,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    LEVELS: tl.constexpr, SPLIT: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, BIAS: tl.constexpr, DLSE: tl.constexpr,
-    COLUMNS: tl.constexpr, HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
+    LEVELS: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr, BIAS: tl.constexpr, DLSE: tl.constexpr,
+    COLUMNS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dout * out) - dlse, gradients of the local queries, and if LISTS of the far queries and, if BIAS, per
     query of the level biases. JOINT: both are the same queries, and with LISTS the sum goes to dq.
 
     dbias (B, N, H, LEVELS) receives the sums of the logit gradients of every level.
     """
-    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW, HEADS_FIRST)
+    i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
     b = tl.program_id(1).to(tl.int64)
     kh = head // G
     row = tl.arange(0, QB * BLOCK * HG)
@@ -253,9 +258,7 @@ def cover_dq(
     v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
     acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
     low = tl.maximum(0, first + QB - 1) * BLOCK
-    diagonal = low
-    if SPLIT:
-        diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
+    diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
     for begin in tl.range(low, diagonal, BK):
         kt = k_rows.load([begin, 0])
         vt = v_rows.load([begin, 0])
@@ -284,12 +287,13 @@ def cover_dq(
             acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
         count = listed_count(tl.maximum(0, first + QB - 1), LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         base = b * num_nodes * num_key_heads + kh
+        leaves = num_tokens // BLOCK
         # One column a level.
         column = tl.arange(0, COLUMNS)
         sums = tl.zeros((QB * BLOCK * HG, COLUMNS), tl.float32)
         for begin in tl.range(0, count, BN, num_stages=1):
             k_far, v_far, addend, level = _far_tile(
-                begin, first, count, base, kbar, vbar, entropy, level_bias, offsets, head, row, num_key_heads,
+                begin, first, count, base, kbar, vbar, entropy, level_bias, leaves, head, row, num_key_heads,
                 HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
             )  # fmt: skip
             p_far = tl.exp2(tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + (addend - lse2[:, None]))

@@ -72,16 +72,13 @@ def window_dkv(
     q_local, k_local, v, dout, lse, delta, dk, dv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_heads, num_key_heads, scale,
-    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-    HEADS_FIRST: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the local keys and of the values: a program owns a key block and walks the query blocks that see it."""
     pid = tl.program_id(0)
-    if HEADS_FIRST:
-        j, kh = pid // num_key_heads, pid % num_key_heads
-    else:
-        key_blocks = tl.cdiv(num_tokens, BLOCK)
-        j, kh = pid % key_blocks, pid // key_blocks
+    # Key heads first: programs at work at the same time read the same tokens.
+    j, kh = pid // num_key_heads, pid % num_key_heads
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BD)
     col = tl.arange(0, BLOCK)
@@ -112,19 +109,18 @@ def window_dkv(
         )
         lse_rows = row_scalars(lse, scalars, ROWS=BLOCK)
         delta_rows = row_scalars(delta, scalars, ROWS=BLOCK)
-    for step in tl.range(0, group if SPLIT else blocks * group):
+    for step in tl.range(0, group):
         dk_acc, dv_acc = _dkv_step(
             j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b,
             at_key,
             sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=True, TMA=TMA, PREC=PREC,
         )  # fmt: skip
-    if SPLIT:
-        for step in tl.range(group, blocks * group):
-            dk_acc, dv_acc = _dkv_step(
-                j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b,
-                at_key,
-                sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=False, TMA=TMA, PREC=PREC,
-            )  # fmt: skip
+    for step in tl.range(group, blocks * group):
+        dk_acc, dv_acc = _dkv_step(
+            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b,
+            at_key,
+            sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=False, TMA=TMA, PREC=PREC,
+        )  # fmt: skip
     at_grad = ((b * num_tokens + at) * num_key_heads + kh)[:, None] * D + d[None, :]
     tl.store(dk + at_grad, (dk_acc * scale).to(dk.dtype.element_ty), at_ok)
     tl.store(dv + at_grad, dv_acc.to(dv.dtype.element_ty), at_ok)
@@ -132,7 +128,7 @@ def window_dkv(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def listed_dkv(
-    q, kbar, vbar, entropy, level_bias, offsets, base_bits, dout, lse, delta, partial,
+    q, kbar, vbar, entropy, level_bias, base_bits, dout, lse, delta, partial,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, columns, scale,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NODES: tl.constexpr,
     TMA: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
@@ -155,7 +151,9 @@ def listed_dkv(
     first = tl.minimum(epoch * RADIX + RADIX - 1, tl.cdiv(num_tokens, BLOCK) - WINDOW)
     if begin < listed_count(first, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD):
         c = begin + tl.arange(0, NODES)
-        node, level, place = listed_nodes(c, first, offsets, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
+        node, level, place = listed_nodes(
+            c, first, num_tokens // BLOCK, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD
+        )
         c_ok = c < listed_count(first, LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         d = tl.arange(0, BD)
         node_row = (b * num_nodes + node) * num_key_heads + kh

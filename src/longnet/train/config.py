@@ -57,7 +57,7 @@ class TrainConfig:
     bf16: bool | None = None
     """bfloat16 autocast; weights, their gradients and AdamW stay float32. None: on CUDA, not on the CPU."""
     compile: bool = False
-    """torch.compile the model; under chunked what its layers do to every token alone, which all of them share."""
+    """torch.compile the model; under chunked or with offload what its layers do to every token alone, which all of them share."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
     tile_tokens: int | None = None
@@ -69,7 +69,8 @@ class TrainConfig:
     chunk_tokens: int | None = None
     """Tokens of a chunk; None takes the size that needs the least memory."""
     offload: bool = False
-    """Under chunked, what later chunks can still see waits in host memory. Under auto it may."""
+    """What waits for the backward pass does so in host memory: the inputs of layers, with gradient_checkpointing; under chunked
+    what later chunks can still see. Under auto it may."""
     seed: int = 0
     """Of initial weights and data order."""
     save_every: int = 200
@@ -233,10 +234,15 @@ def _check_strategy(config: TrainConfig, model: LongNetConfig) -> None:
                 "sequence_strategy: expected 'whole' for masked spans and for hierarchical layers without a retention; got "
                 "'chunked'"
             )
-    if config.offload and (config.sequence_strategy == "whole" or hierarchical):
+    if config.offload and config.sequence_strategy == "whole" and not config.gradient_checkpointing:
         raise ValueError(
-            "offload: expected sequence_strategy 'chunked' or 'auto' and dilated attention in every layer; got "
-            f"{config.sequence_strategy!r}, {sorted(set(model.attention_kinds()))}; leave offload out"
+            "offload: expected gradient_checkpointing, or sequence_strategy 'chunked' or 'auto', for of a whole window only the "
+            "inputs of recomputed layers can wait in host memory; got neither; add --gradient-checkpointing"
+        )
+    if config.offload and config.sequence_strategy == "chunked" and hierarchical:
+        raise ValueError(
+            "offload: expected dilated attention in every layer under sequence_strategy 'chunked'; got "
+            f"{sorted(set(model.attention_kinds()))}; leave offload out"
         )
     if config.sequence_strategy == "auto":
         if hierarchical or config.objective != "causal":

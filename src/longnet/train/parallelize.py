@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longnet.attention.collectives import SequenceParallel
 from longnet.model.config import LongNetConfig
-from longnet.schedule import Shards
+from longnet.schedule import Shards, exchanges
 from longnet.train.checkpoint import CheckpointWriteError, Groups
 from longnet.train.data import WindowSampler
 
@@ -68,10 +68,14 @@ def connect(fields: dict[str, Any], device: torch.device, timeout: timedelta) ->
         "ranks": world,
     }
     preflight(store, rank, world, {**versions, **fields}, timeout)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    # Bound to its device, NCCL connects here and not at the first collective, and no barrier has to guess a device.
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=timeout,
+        device_id=device if on_gpu else None,
+    )  # fmt: skip
 
 
 def preflight(store: dist.Store, rank: int, world: int, fields: dict[str, Any], timeout: timedelta) -> None:
@@ -192,12 +196,24 @@ class Parallel:
     def apply(self, model: Any) -> None:
         """Shard the parameters over all ranks and let attention work across the ranks of a sequence. In place."""
         if self.sequence.shards.ranks > 1:
+            self._make_groups(model.config)
             for layer in model.model.layers:
                 layer.attention.sequence_parallel = self.sequence
         for layer in model.model.layers:
             fully_shard(layer, mesh=self.flat)
         fully_shard(model, mesh=self.flat)
         register_fsdp_forward_method(model, "token_losses")
+
+    def _make_groups(self, config: LongNetConfig) -> None:
+        """All process groups that the layers will use, while nothing is under way: NCCL makes one by splitting that of all
+        ranks, which may wait for ever beside other collectives of it."""
+        kinds, heads = config.attention_kinds(), (config.num_attention_heads, config.num_key_value_heads)
+        members: list[tuple[int, ...]] = []
+        if "dilated" in kinds:
+            members += [e.members for e in exchanges(config.pattern(), *heads, self.sequence.shards)]
+        if "hierarchical" in kinds:
+            members.append(tuple(range(self.sequence.shards.ranks)))
+        self.sequence.groups(members)
 
     def batch(self, sampler: WindowSampler) -> tuple[Tensor, Tensor]:
         """(ids, targets) of this rank: labels are shifted *before* the sequence is cut, so no shard loses its last one."""

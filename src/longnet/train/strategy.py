@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longnet.plan import Job, Machine, pick
+from longnet.plan import SHARE, Job, Machine, best_chunk, pick
 from longnet.train import parallelize
 from longnet.train.config import TrainConfig
 
@@ -16,9 +16,26 @@ from longnet.train.config import TrainConfig
 OPTIONS = ("sequence_strategy", "gradient_checkpointing", "tile_tokens", "chunk_tokens", "offload")
 
 
-def given(config: TrainConfig) -> dict[str, Any]:
-    """The options of `config` itself."""
-    return {name: getattr(config, name) for name in OPTIONS}
+def given(config: TrainConfig, model: Any, device: torch.device, autocast: bool) -> dict[str, Any]:
+    """Under "way" the options of `config` itself; "note" is empty.
+
+    Raises:
+        ValueError: more would wait in host memory than is free.
+    """
+    way = {name: getattr(config, name) for name in OPTIONS}
+    if config.offload and device.type == "cuda":
+        job = _job(config, model, device, autocast)
+        if config.sequence_strategy == "chunked":
+            needed = job.rows(config.chunk_tokens or best_chunk(job, config.gradient_checkpointing))
+        else:
+            needed = job.batch * job.kept(-(-job.tokens // config.sequence_parallel), True)
+        free = SHARE * free_memory(torch.device("cpu"))
+        if needed > free:
+            raise ValueError(
+                f"offload: expected at least {needed / 2**30:.1f} GiB of host memory for each device; got {free / 2**30:.1f} "
+                "that may be filled; shorten the sequence or leave offload out; `longnet plan` says what fits"
+            )
+    return {"way": way, "note": {}}
 
 
 def picked(config: TrainConfig, model: Any, device: torch.device, autocast: bool) -> dict[str, Any]:
@@ -27,16 +44,21 @@ def picked(config: TrainConfig, model: Any, device: torch.device, autocast: bool
     Raises:
         ValueError: nothing fits; the text says what each strategy would need.
     """
-    replicas = parallelize.world_size() // config.sequence_parallel
-    job = Job(
-        config=model, tokens=config.sequence_length, batch=config.batch_size // replicas, autocast=autocast,
-        fused_norms=device.type == "cuda",
-    )  # fmt: skip
+    job = _job(config, model, device, autocast)
     host = free_memory(torch.device("cpu")) if config.offload and device.type == "cuda" else 0
     machine = Machine(memory=free_memory(device), devices=config.sequence_parallel, host_memory=host)
     best, why = pick(job, machine)
     way = {name: best.options[name] for name in OPTIONS}
     return {"way": way, "note": {"strategy": best.name, "strategy_reason": why}}
+
+
+def _job(config: TrainConfig, model: Any, device: torch.device, autocast: bool) -> Job:
+    """What one replica does in a forward pass."""
+    replicas = parallelize.world_size() // config.sequence_parallel
+    return Job(
+        config=model, tokens=config.sequence_length, batch=config.batch_size // replicas, autocast=autocast,
+        fused_norms=device.type == "cuda",
+    )  # fmt: skip
 
 
 def free_memory(device: torch.device) -> int:

@@ -28,6 +28,7 @@ from longnet.train.config import TrainConfig, check, identity, model_config, pre
 from longnet.train.data import TokenDataset, WindowSampler
 from longnet.train.masking import mask_spans
 from longnet.train.monitor import MetricsFile, Monitor, plot
+from longnet.train.offload import offload_layer_inputs
 
 
 class NonFiniteLoss(RuntimeError):
@@ -146,22 +147,26 @@ class _Run:
         self.way = self._way(self.restore())
         if self.way["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable()
+        chunked, offload = self.way["sequence_strategy"] == "chunked", self.way["offload"]
+        if offload and not chunked:
+            offload_layer_inputs(self.model)
         set_tile(self.model, self.way["tile_tokens"])
         self.forward: Any = self.model
-        if config.compile and self.way["sequence_strategy"] == "chunked":
+        # One graph of the whole model would save what the compiler chooses, past the hooks that offload.
+        if config.compile and (chunked or offload):
             compile_token_work(self.model)
         elif config.compile:
             self.forward = torch.compile(self.model)
 
     def _way(self, state: dict[str, Any] | None) -> dict[str, Any]:
         """The options that say how a window is taken: those given, those that a continued run picked, or a fresh pick."""
-        if self.config.sequence_strategy != "auto":
-            return strategy.given(self.config)
-        if state is not None:
+        auto = self.config.sequence_strategy == "auto"
+        if auto and state is not None:
             return state["way"]
 
         def choose() -> dict[str, Any]:
-            return strategy.picked(self.config, self.model.config, self.device, self.autocast)
+            look = strategy.picked if auto else strategy.given
+            return look(self.config, self.model.config, self.device, self.autocast)
 
         # The leader's memory decides for all: ranks that differ would wait for each other for ever.
         found = choose() if self.parallel is None else self.parallel.on_leader(choose)
