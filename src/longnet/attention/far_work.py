@@ -145,7 +145,7 @@ PLACE_STAGES = 3
 FAR_TILES = {"score": (64, 4, 2, None), "attend": (64, 4, 2, None), "dq": (64, 4, 2, None)}
 
 
-def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
+def far_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
     columns, warps, stages, registers = FAR_TILES[kernel]
     return tile_of(shape, dtype) | {
@@ -156,7 +156,6 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
         "num_warps": warps,
         "num_stages": stages,
         "maxnreg": registers,
-        **cover_constants(geometry),
     }
 
 

@@ -146,8 +146,8 @@ def forward(
             BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, q.dtype, "leaf forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, logits,
-            out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
-            STAGES=PLACE_STAGES, **place_tile(geometry, chunk.tile), **far_tile(shape, geometry, q.dtype, "attend"),
+            q, *summaries, router_mix, routes.opened, *tables.lists, part, logits, out, lse,
+            *strides(q), *sizes, chunk.first, tables.columns,
+            STAGES=PLACE_STAGES, **place_tile(geometry, chunk.tile), **far_tile(shape, q.dtype, "attend"),
         )  # fmt: skip
     return out, lse, routes, kept

@@ -130,14 +130,14 @@ class Opened(NamedTuple):
             shape.tokens, geometry.sizes[0], shape.heads, shape.key_heads, chunk.first, chunk.tokens, apart, self.scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, self.q.dtype, "leaf backward"),
         )  # fmt: skip
-        tables = Tables.of(routes, shape, geometry, chunk)
+        tables = Tables.of(routes, self.entropy, self.offsets, shape, geometry, chunk)
         rises = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)
         rise_sums = torch.empty(lead, device=device)
         opened_backward.far_dq[tables.grid](
-            self.q, *self.summaries, routes.opened, tables.united, tables.sizes, tables.kept, part, slopes,
+            self.q, self.kbar, self.vbar, self.level_bias, routes.opened, *tables.lists, part, slopes,
             self.dout, self.lse, self.delta, dq, dparameters, rises, rise_sums, *strides(self.q), *self.sizes, self.scale,
-            chunk.first, tables.most, tables.columns, done, dparameters.shape[2],
-            STAGES=PLACE_STAGES, ADD=add, **place_tile(geometry, chunk.tile), **far_tile(shape, geometry, self.q.dtype, "dq"),
+            chunk.first, tables.columns, done, dparameters.shape[2],
+            STAGES=PLACE_STAGES, ADD=add, **place_tile(geometry, chunk.tile), **far_tile(shape, self.q.dtype, "dq"),
         )  # fmt: skip
         item_dnode = torch.empty(items, shape.width + 1, device=device)
         leaves.sum_places[(items,)](

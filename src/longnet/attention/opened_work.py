@@ -105,29 +105,39 @@ class Routes(NamedTuple):
         return cls(opened, whole(*lead), whole(*lead, geometry.beam))
 
 
+# Columns that a kernel reads at a time divide it: lists are filled up to it.
+PAD = 64
+
+
 class Tables:
-    """Columns of a chunk's tiles: `united`, `sizes`, `members`, `places`, `kept` of `kernels.routing`, per level."""
+    """Columns of a chunk's tiles, per level: `united`, `members`, `places`, `sizes` of `kernels.routing.unite`; `rows`,
+    `records`, `totals` of `mark`."""
 
     def __init__(self, shape: Shape, geometry: Geometry, chunk: Chunk, device: torch.device) -> None:
         self.shape, self.geometry, self.chunk = shape, geometry, chunk
         above = max((0, *geometry.sizes[1:]))
         self.most = max(1, min(chunk.tile * geometry.beam, above))
-        self.columns = self.most * geometry.radix + geometry.listed
+        self.columns = triton.cdiv(self.most * geometry.radix + geometry.listed, PAD) * PAD
         lead = (geometry.levels, shape.pairs, chunk.tiles)
         whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
         self.united, self.members = whole(*lead, self.most), whole(*lead, self.most)
-        self.sizes, self.kept = whole(lead), whole(*lead, self.columns)
+        self.sizes, self.totals, self.rows = whole(lead), whole(lead), whole(*lead, self.columns)
+        self.records = torch.empty(*lead, self.columns, dtype=torch.int64, device=device)
         self.places = torch.empty(*lead, self.most, chunk.tile, dtype=torch.int16, device=device)
 
     @property
     def grid(self) -> tuple[int, int]:
         return self.chunk.tiles, self.shape.pairs
 
+    @property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows, self.records, self.totals
+
     def unite(self, routes: Routes, level: int, count: int = 1) -> None:
         """The columns below `level` and the `count` - 1 levels above it, from what the tokens opened there."""
         entries = self.chunk.tile * self.geometry.beam
         scratch = torch.empty(
-            count, *self.united.shape[1:3], entries, dtype=torch.int64, device=self.kept.device
+            count, *self.rows.shape[1:3], entries, dtype=torch.int64, device=self.rows.device
         )
         routing.unite[(*self.grid, count)](
             routes.opened, scratch, self.united, self.members, self.places, self.sizes,
@@ -135,21 +145,24 @@ class Tables:
             T=self.chunk.tile, BEAM=self.geometry.beam, WIDTH=self.geometry.width, num_warps=2,
         )  # fmt: skip
 
-    def mark(self, routes: Routes) -> None:
-        """Which columns stay summaries."""
+    def mark(self, routes: Routes, entropy: Tensor, offsets: Tensor, level: int | None = None) -> None:
+        """The columns that a `level`'s tokens see; of all levels, those that stay summaries."""
         geometry = self.geometry
-        routing.mark[(*self.grid, geometry.levels)](
-            routes.base_bits, routes.child_bits, self.places, self.sizes, self.kept,
-            self.shape.tokens, geometry.levels, self.chunk.first, self.most, self.columns,
-            T=self.chunk.tile, BC=128, BEAM=geometry.beam, num_warps=4, **cover_constants(geometry),
+        routing.mark[(*self.grid, geometry.levels if level is None else 1)](
+            routes.base_bits, routes.child_bits, self.united, self.members, self.places, self.sizes, offsets, entropy,
+            *self.lists, self.shape.tokens, entropy.shape[1], self.shape.key_heads, geometry.levels, level or 0,
+            self.chunk.first, self.most, self.columns, KEPT=level is None,
+            T=self.chunk.tile, BC=128, BEAM=geometry.beam, PAD=PAD, num_warps=4, **cover_constants(geometry),
         )  # fmt: skip
 
     @classmethod
-    def of(cls, routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk) -> Tables:
+    def of(
+        cls, routes: Routes, entropy: Tensor, offsets: Tensor, shape: Shape, geometry: Geometry, chunk: Chunk
+    ) -> Tables:
         tables = cls(shape, geometry, chunk, routes.opened.device)
         if geometry.levels > 1:
             tables.unite(routes, 1, geometry.levels - 1)
-        tables.mark(routes)
+        tables.mark(routes, entropy, offsets)
         return tables
 
 
@@ -176,25 +189,26 @@ def route(
         scores = keys
         if geometry.sizes[level] > (geometry.beam if level else geometry.top_k):
             scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
-            _score(q, kbar, entropy, offsets, routes, tables, scores, level, scale)
+            tables.mark(routes, entropy, offsets, level)
+            _score(q, kbar, routes, tables, scores, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
             scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
             PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
         if level:
             tables.unite(routes, level)
-    tables.mark(routes)
+    tables.mark(routes, entropy, offsets)
     return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
 
 
-def _score(q, kbar, entropy, offsets, routes, tables, scores, level, scale) -> None:
+def _score(q, kbar, routes, tables, scores, level, scale) -> None:
     """Where there are no more nodes than places all are opened, and nobody asks for their scores."""
     shape, geometry = tables.shape, tables.geometry
     routing.score[tables.grid](
-        q, kbar, entropy, offsets, routes.opened, tables.united, tables.members, tables.places, tables.sizes, scores,
-        *strides(q), shape.tokens, kbar.shape[1], shape.key_heads, geometry.levels, level, scale, tables.chunk.first,
-        tables.most, scores.shape[2], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width,
-        **far_tile(shape, geometry, q.dtype, "score"),
+        q, kbar, routes.opened, tables.places, tables.sizes, tables.rows, tables.records, scores, *strides(q),
+        shape.tokens, shape.key_heads, geometry.levels, level, scale, tables.chunk.first, tables.most, tables.columns,
+        scores.shape[2], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width, **cover_constants(geometry),
+        **far_tile(shape, q.dtype, "score"),
     )  # fmt: skip
 
 

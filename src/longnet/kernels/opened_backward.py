@@ -11,19 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.kernels.cover import list_of_level
 from longnet.kernels.readers import level_of
-from longnet.kernels.routing import column_nodes, count_places, load_rows, places_of
+from longnet.kernels.routing import count_places, load_rows, places_of, read_columns
 
 
 @triton.jit
 def far_dq(
-    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, slopes,
+    q, kbar, vbar, level_bias, opened, rows, records, totals, part, slopes,
     dout, lse, delta, dq, dparameters, rises, rise_sums,
-    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, columns,
     first_tile, all_tiles,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
     TOP_K: tl.constexpr, PLACES: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     ADD: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +39,6 @@ def far_dq(
     b = pair // num_key_heads
     kh = pair % num_key_heads
     t0 = first_token + tl.program_id(0) * T
-    first = tl.maximum(0, t0 // BLOCK - WINDOW + 1)
     row = tl.arange(0, T * GP)
     t_row = row // GP
     g = row % GP
@@ -49,7 +46,9 @@ def far_dq(
     head = kh * G + g
     ok = (g < G) & (token < num_tokens)
     d = tl.arange(0, BD)
-    row_ok = ok[:, None] & (d < D)[None, :]
+    d_ok = (d < D)[None, :]
+    row_ok = ok[:, None] & d_ok
+    mask = (1 << t_row)[:, None]
     at_row = (b * num_tokens + token) * num_heads + head
     at_out = at_row[:, None] * D + d[None, :]
     one = tl.arange(0, GP)
@@ -63,27 +62,17 @@ def far_dq(
     sums = tl.zeros((T * GP,), tl.float32)
     for step in range(levels):
         level = levels - 1 - step
-        lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
-        first_row = b * num_nodes + tl.load(offsets + level)
-        kbar_base = kbar + (first_row * num_key_heads + kh) * D
-        vbar_base = vbar + (first_row * num_key_heads + kh) * D
-        entropy_base = entropy + first_row * num_key_heads + kh
         bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
         table = tile + level * tables
-        union_size = tl.load(sizes + table, level < levels - 1, 0)
-        size = union_size * RADIX + hi - lo
         sums = tl.zeros((T * GP,), tl.float32)
-        for begin in tl.range(0, size, BC):
-            c = begin + tl.arange(0, BC)
-            node = column_nodes(c, union_size, lo, united + table * most, RADIX)
-            bits = tl.load(kept + table * columns + c, c < size, 0)
-            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
-            vt = load_rows(vbar_base, node, c < size, num_key_heads * D, d, D)
-            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+        for begin in tl.range(0, tl.load(totals + table), BC):
+            node, h, bits = read_columns(rows, records, table * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], d_ok, 0.0)
+            vt = tl.load(vbar + node[:, None] * D + d[None, :], d_ok, 0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
                 h[None, :] + bias[:, None]
             )
-            p = tl.where(((bits[None, :] >> t_row[:, None]) & 1) != 0, tl.exp2(s), 0.0)
+            p = tl.where((bits[None, :] & mask) != 0, tl.exp2(s), 0.0)
             ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
             acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
             sums += tl.sum(ds, 1)

@@ -109,37 +109,69 @@ def unite(
 
 @triton.jit
 def mark(
-    base_bits, child_bits, places, sizes, kept, num_tokens, levels, first_token, most, columns,
+    base_bits, child_bits, united, members, places, sizes, offsets, entropy, rows, records, totals,
+    num_tokens, num_nodes, num_key_heads, levels, first_level, first_token, most, columns,
     BLOCK: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
-    GUARD: tl.constexpr, BEAM: tl.constexpr,
+    GUARD: tl.constexpr, BEAM: tl.constexpr, PAD: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """kept (levels, pairs, tiles, columns) int32, bit t: token t of the tile sees this column of a level and did not open it."""
+    """The columns of level first_level + z, as the kernels over tiles read them, PAD at a time.
+
+    rows (levels, pairs, tiles, columns) int32: the row of a column's summary. records alike, int64: above, its entropy (log2)
+    as fp32; below, bit t: token t of the tile sees it and, if KEPT, did not open it. totals (levels, pairs, tiles): columns.
+    """
     pair = tl.program_id(1).to(tl.int64)
-    level = tl.program_id(2)
+    level = first_level + tl.program_id(2)
     tile = (level * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
+    b = pair // num_key_heads
     t0 = first_token + tl.program_id(0) * T
     lo, hi = list_of_level(tl.maximum(0, t0 // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
     union_size = tl.load(sizes + tile, level < levels - 1, 0)
     size = union_size * RADIX + hi - lo
+    tl.store(totals + tile, size)
+    first_row = b * num_nodes + tl.load(offsets + level)
     for begin in range(0, size, BC):
         c = begin + tl.arange(0, BC)
+        node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
+        row = ((first_row + node) * num_key_heads + pair % num_key_heads).to(tl.int32)
+        row = tl.where(c < size, row, 0)
+        h = tl.load(entropy + row) * 1.4426950408889634
         is_child = c < union_size * RADIX
-        listed = tl.where(is_child, 0, c - union_size * RADIX) & 31
-        bits = tl.zeros((BC,), tl.int32)
-        for t in tl.static_range(T):
-            inside = t0 + t < num_tokens
-            slot = (pair * num_tokens + t0 + t) * levels + level
-            place = tl.load(places + (tile * most + c // RADIX) * T + t, is_child & inside, -1).to(tl.int32)
-            word = tl.load(child_bits + slot * BEAM + place, place >= 0, -1)
-            word = tl.where(is_child, word >> (c % RADIX), tl.load(base_bits + slot, inside, -1) >> listed)
-            bits |= (1 - (word & 1)) << t
-        tl.store(kept + tile * columns + c, bits, c < size)
+        if KEPT:
+            listed = tl.where(is_child, 0, c - union_size * RADIX) & 31
+            bits = tl.zeros((BC,), tl.int32)
+            for t in tl.static_range(T):
+                inside = t0 + t < num_tokens
+                slot = (pair * num_tokens + t0 + t) * levels + level
+                place = tl.load(places + (tile * most + c // RADIX) * T + t, is_child & inside, -1).to(
+                    tl.int32
+                )
+                word = tl.load(child_bits + slot * BEAM + place, place >= 0, -1)
+                word = tl.where(
+                    is_child, word >> (c % RADIX), tl.load(base_bits + slot, inside, -1) >> listed
+                )
+                bits |= (1 - (word & 1)) << t
+        else:
+            bits = tl.where(is_child, tl.load(members + tile * most + c // RADIX, is_child, 0), -1)
+        bits = tl.where(c < size, bits, 0)
+        record = (h.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
+        ok = c < (size + PAD - 1) // PAD * PAD
+        tl.store(rows + tile * columns + c, row, ok)
+        tl.store(records + tile * columns + c, record, ok)
+
+
+@triton.jit
+def read_columns(rows, records, at, BC: tl.constexpr):
+    """Of the columns from `at` on: their summaries' rows, entropies (log2), and bits."""
+    c = at + tl.arange(0, BC)
+    record = tl.load(records + c)
+    h = (record >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(rows + c).to(tl.int64), h, record.to(tl.int32)
 
 
 @triton.jit
 def score(
-    q, kbar, entropy, offsets, opened, united, members, places, sizes, scores,
-    sqb, sqn, sqh, num_tokens, num_nodes, num_key_heads, levels, level, scale, first_token, most, width,
+    q, kbar, opened, places, sizes, rows, records, scores,
+    sqb, sqn, sqh, num_tokens, num_key_heads, levels, level, scale, first_token, most, columns, width,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
@@ -171,22 +203,15 @@ def score(
         qt = tl.load(q + at_q, row_ok[:, None] & (d < D)[None, :], 0.0)
         union_size = tl.load(sizes + tile, level < levels - 1, 0)
         size = union_size * RADIX + hi - lo
-        first_row = b * num_nodes + tl.load(offsets + level)
-        kbar_base = kbar + (first_row * num_key_heads + kh) * D
-        entropy_base = entropy + first_row * num_key_heads + kh
+        mask = (1 << (row // GP))[:, None]
         # Finite: a row may see nothing of the first columns.
         top = tl.full((T * GP,), -1e30, tl.float32)
         mass = tl.zeros((T * GP,), tl.float32)
         for begin in tl.range(0, size, BC):
-            c = begin + tl.arange(0, BC)
-            node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
-            is_child = c < union_size * RADIX
-            bits = tl.load(members + tile * most + c // RADIX, is_child, 0)
-            bits = tl.where(is_child, bits, tl.where(c < size, -1, 0))
-            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
-            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+            node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
-            s = tl.where(((bits[None, :] >> (row // GP)[:, None]) & 1) != 0, s, float("-inf"))
+            s = tl.where((bits[None, :] & mask) != 0, s, float("-inf"))
             new = tl.maximum(top, tl.max(s, 1))
             mass = mass * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
             top = new
@@ -194,14 +219,13 @@ def score(
         t = tl.arange(0, T)
         to = scores + t[:, None] * width
         for begin in tl.range(0, size, BC):
-            c = begin + tl.arange(0, BC)
-            is_child = c < union_size * RADIX
-            node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
-            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
-            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+            node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
             p = tl.exp2(tl.minimum(s - top[:, None], 0.0)) * share[:, None]
             p = tl.sum(tl.reshape(p, (T, GP, BC)), 1)
+            c = begin + tl.arange(0, BC)
+            is_child = c < union_size * RADIX
             place = tl.load(
                 places + (tile * most + c // RADIX)[None, :] * T + t[:, None], is_child[None, :], 0
             ).to(tl.int32)
