@@ -160,9 +160,9 @@ def far_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
 
 
 def place_tile(geometry: Geometry, tokens: int) -> dict:
-    """Constants of products over the places of a tile's tokens, some tokens at once: 64 columns, or at least 16."""
+    """Constants of products over the places of a tile's tokens, some tokens at once: 32 columns, or at least 16."""
     places = max(16, triton.next_power_of_2(geometry.top_k))
-    at_once = min(tokens, max(1, 64 // places))
+    at_once = min(tokens, max(1, 32 // places))
     return {"TOP_K": geometry.top_k, "PLACES": places, "AT_ONCE": at_once, "WIDTH": geometry.width}
 
 

@@ -89,18 +89,19 @@ def far_dq(
         sums += tl.sum(ds, 1)
         kt = load_rows(kbar_base, leaf, there, num_key_heads * D, d, D)
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-        rise = tl.dot(tl.trans(ds.to(qt.dtype)), qt, input_precision=PREC) * scale
-        rise_ok = there[:, None] & (d < D)[None, :]
-        tl.store(rises + place[:, None] * D + d[None, :], rise.to(rises.dtype.element_ty), rise_ok)
+        rise = tl.dot(tl.trans(qt), ds.to(qt.dtype), input_precision=PREC) * scale
+        rise_ok = there[:, None] & d_ok
+        to_rise = rises + place.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(to_rise, tl.trans(rise).to(rises.dtype.element_ty), rise_ok)
         tl.store(rise_sums + place, tl.sum(ds, 0), there)
     acc = acc * scale
     apart = tables.to(tl.int64) * T * TOP_K * G
     places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
     mix_sums = tl.zeros((T * GP,), tl.float32)
     for n in tl.range(0, places, num_stages=STAGES):
-        place = ((tile * T + t_row) * TOP_K + n) * G + g
-        acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-        mix_sums += tl.load(slopes + apart + place, ok, 0.0)
+        at = ((tile.to(tl.int32) * T + t_row) * TOP_K + n) * G + g
+        acc += tl.load(part + at.to(tl.int64)[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+        mix_sums += tl.load(slopes + apart + at, ok, 0.0)
     if ADD:
         acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
     tl.store(to, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)

@@ -81,10 +81,10 @@ def far_attend(
     tl.debug_barrier()
     places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
     for n in tl.range(0, places, num_stages=STAGES):
-        place = ((tile * T + t_row) * TOP_K + n) * G + g
-        o = tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-        mass = tl.load(logits + place, ok, 0.0)
-        weight = mass + beta * (tl.load(logits + apart + place, ok, 0.0) - mass)
+        at = ((tile.to(tl.int32) * T + t_row) * TOP_K + n) * G + g
+        o = tl.load(part + at.to(tl.int64)[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+        mass = tl.load(logits + at, ok, 0.0)
+        weight = mass + beta * (tl.load(logits + apart + at, ok, 0.0) - mass)
         new = tl.maximum(m, weight)
         rescale = tl.exp2(m - new)
         share = tl.exp2(weight - new)

@@ -50,7 +50,7 @@ def places_of(
     n = c % PLACES
     there = (n < TOP_K) & (t0 + t < num_tokens)
     leaf = tl.load(opened + (t0 + t).to(tl.int64) * levels * WIDTH + n, there, -1)
-    return leaf, (first_tile_token + t) * TOP_K + n, t, leaf >= 0
+    return leaf, (first_tile_token.to(tl.int32) + t) * TOP_K + n, t, leaf >= 0
 
 
 @triton.jit
