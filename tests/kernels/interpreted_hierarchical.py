@@ -34,6 +34,8 @@ def main(name: str) -> None:
     if name == "levels":
         opened_gradients.COLUMNS = opened_work.COLUMNS = 8
         opened_work.LEAF_READERS = opened_work.CHILD_READERS = 24
+        # windows of 50 tokens
+        opened_work.WINDOW_BYTES = 50 * 2 * heads * width * 4
     torch.manual_seed(0)
     shapes = [
         (1, tokens, heads, width),

@@ -142,7 +142,7 @@ def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
 # of opened leaves are on their way.
 FAR_ROWS = 64
 PLACE_STAGES = 3
-FAR_TILES = {"score": (64, 4, 2, None), "attend": (64, 4, 2, None), "dq": (64, 4, 2, None)}
+FAR_TILES = {"score": (32, 4, 2, None), "attend": (32, 4, 3, 168), "dq": (32, 4, 3, None)}
 
 
 def far_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
@@ -171,9 +171,9 @@ SELECT_WARPS = 1
 
 # (rows, warps, stages, most registers) of the kernels over the readers of a leaf, and of opened nodes' children.
 READER_TILES = {
-    "leaf forward": (64, 4, 3, None),
-    "leaf backward": (64, 4, 2, None),
-    "children": (64, 4, 1, 168),
+    "leaf forward": (64, 4, 2, 160),
+    "leaf backward": (128, 8, 2, None),
+    "children": (64, 4, 2, None),
 }
 
 

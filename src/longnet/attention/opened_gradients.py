@@ -65,16 +65,16 @@ class Opened(NamedTuple):
         before, families = families_of(geometry, self.q.device)
         if not families:
             return
-        words, work = opened_work.children(routes, shape, geometry)
+        words, work, windows = opened_work.children(routes, shape, geometry, self.q.element_size())
         tile, width = reader_tile(shape, self.q.dtype, "children"), 2 * shape.width + 1
         partial = torch.empty(len(work.items), COLUMNS * width, device=self.q.device)
         opened_backward.children_dkv[(len(work.items),)](
             self.q, *self.summaries, before, words, work.order, work.items, self.dout, self.lse, self.delta, partial,
-            *strides(self.q), *self.sizes, families, words.shape[1], self.scale, BEAM=geometry.beam, COLUMNS=COLUMNS,
+            *strides(self.q), *self.sizes, shape.pairs, families, words.shape[1], self.scale, BEAM=geometry.beam, COLUMNS=COLUMNS,
             WORDS=words.shape[2], **tile,
         )  # fmt: skip
-        readers.add_children[(len(work.ranges), COLUMNS // min(8, COLUMNS))](
-            partial, work.ranges, before, self.offsets, *nodes, *self.sizes[1::2], geometry.levels, families,
+        readers.add_children[(shape.pairs * families, COLUMNS // min(8, COLUMNS))](
+            partial, work.ranges, before, self.offsets, *nodes, *self.sizes[1::2], geometry.levels, families, windows,
             D=tile["D"], BD=tile["BD"], COLUMNS=COLUMNS, ROWS=min(8, COLUMNS), num_warps=4,
         )  # fmt: skip
 
@@ -97,6 +97,7 @@ class Opened(NamedTuple):
             readers.add_leaves[(triton.cdiv(shape.tokens, self.geometry.block), self.geometry.block // 16, shape.pairs)](
                 item_dkv, item_dnode, opened.ranges, dk_sum, dv_sum, dk, dv, nodes.dkbar, nodes.dentropy,
                 shape.tokens, self.geometry.sizes[0], self.kbar.shape[1], shape.key_heads,
+                len(opened.ranges) // (shape.pairs * self.geometry.sizes[0]),
                 **self.leaf, BLOCK=self.geometry.block, ROWS=16, FIRST=i == 0, LAST=i == len(parts) - 1, num_warps=4,
             )  # fmt: skip
             done += chunk.tiles
@@ -127,8 +128,8 @@ class Opened(NamedTuple):
         leaves.leaf_backward[(items,)](
             self.q, self.k, self.v, self.router_mix, opened.order, opened.items, opened.logits, self.dout, self.lse,
             self.delta, part, slopes, item_dkv, *strides(self.q), *strides(self.k), *strides(self.v),
-            shape.tokens, geometry.sizes[0], shape.heads, shape.key_heads, chunk.first, chunk.tokens, apart, self.scale,
-            BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, self.q.dtype, "leaf backward"),
+            shape.tokens, geometry.sizes[0], shape.pairs, shape.heads, shape.key_heads, chunk.first, chunk.tokens, apart,
+            self.scale, BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, self.q.dtype, "leaf backward"),
         )  # fmt: skip
         tables = Tables.of(routes, self.entropy, self.offsets, shape, geometry, chunk)
         rises = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)

@@ -23,13 +23,22 @@ from longnet.kernels import readers, routing
 # Readers of one work item: enough to amortise its loads, few enough to fill the device; items of children leave 32 KiB each, so
 # their number is bounded.
 LEAF_READERS = 256
-CHILD_READERS, CHILD_ITEMS = 128, 4096
+CHILD_READERS, CHILD_ITEMS = 128, 2**15
 
 # Neighbouring nodes whose gradients one program sums: the columns of its products, the bits of a reader's words.
 COLUMNS = 32
 
 # Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
 CHUNK_BYTES = 2**30
+
+
+# Bytes of queries and of their gradients that programs at work at the same time shall read: they stay in the cache.
+WINDOW_BYTES = 2**25
+
+
+def window_of(shape: Shape, element_size: int) -> int:
+    """Tokens of a window."""
+    return max(1, WINDOW_BYTES // (2 * shape.batch * shape.heads * shape.width * element_size))
 
 
 class Chunk(NamedTuple):
@@ -179,7 +188,8 @@ def route(
 ) -> tuple[Tables, Readers]:
     """Open nodes for the tokens of a chunk, from the coarsest level down; the readers of the leaves that they opened."""
     tables = Tables(shape, geometry, chunk, q.device)
-    leaves = geometry.sizes[0]
+    leaves, window = geometry.sizes[0], window_of(shape, q.element_size())
+    windows = triton.cdiv(chunk.tokens, window)
     keys = torch.empty(shape.pairs, chunk.tokens, geometry.top_k, dtype=torch.int32, device=q.device)
     constants = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
     constants |= {"LISTED": geometry.listed, "PLACES": triton.next_power_of_2(geometry.width)}
@@ -192,13 +202,13 @@ def route(
             tables.mark(routes, entropy, offsets, level)
             _score(q, kbar, routes, tables, scores, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
-            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
+            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places, window, windows,
             PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
         if level:
             tables.unite(routes, level)
     tables.mark(routes, entropy, offsets)
-    return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
+    return tables, Readers.of(keys, windows * shape.pairs * leaves, LEAF_READERS)
 
 
 def _score(q, kbar, routes, tables, scores, level, scale) -> None:
@@ -220,18 +230,21 @@ def families_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, int]:
     return torch.tensor(before, dtype=torch.int32, device=device), sum(counts)
 
 
-def children(routes: Routes, shape: Shape, geometry: Geometry) -> tuple[Tensor, Readers]:
-    """Readers of the children of all opened nodes, by family of COLUMNS nodes, and their words (levels - 1, entries,
-    COLUMNS / 32)."""
-    device = routes.opened.device
+def children(
+    routes: Routes, shape: Shape, geometry: Geometry, element_size: int
+) -> tuple[Tensor, Readers, int]:
+    """Readers of the children of all opened nodes, by family of COLUMNS nodes; their words (levels - 1, entries, COLUMNS / 32);
+    and the number of windows."""
+    device, window = routes.opened.device, window_of(shape, element_size)
     before, families = families_of(geometry, device)
-    groups, lead = shape.pairs * families, (geometry.levels - 1, shape.pairs * shape.tokens * geometry.beam)
+    windows = triton.cdiv(shape.tokens, window)
+    lead = (geometry.levels - 1, shape.pairs * shape.tokens * geometry.beam)
     keys = torch.empty(lead, dtype=torch.int32, device=device)
     words = torch.empty(*lead, triton.cdiv(COLUMNS, 32), dtype=torch.int32, device=device)
     readers.gather_children[(triton.cdiv(lead[1], 256), lead[0])](
-        routes.opened, routes.child_bits, before, keys, words, lead[1], shape.tokens * geometry.beam, geometry.levels,
-        families, groups,
+        routes.opened, routes.child_bits, before, keys, words, lead[1], shape.tokens, geometry.levels, families, window, windows,
         COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, WORDS=words.shape[2],
         BM=256, num_warps=4,
     )  # fmt: skip
-    return words, Readers.of(keys, groups, max(CHILD_READERS, keys.numel() // CHILD_ITEMS))
+    most = max(CHILD_READERS, keys.numel() // CHILD_ITEMS)
+    return words, Readers.of(keys, windows * shape.pairs * families, most), windows

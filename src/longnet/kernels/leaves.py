@@ -20,25 +20,25 @@ from longnet.kernels.routing import load_rows
 @triton.jit
 def leaf_forward(
     q, k, v, order, items, part, logits, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_leaves, num_key_heads, first_token, chunk, scale,
+    num_leaves, num_pairs, num_key_heads, first_token, chunk, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Of opened leaves the softmax means, part (pairs, chunk, TOP_K, G, D), and the log2 of their mass, logits (pairs, chunk,
     TOP_K, G).
 
-    items (., 3): leaf numbered through pairs of sequence and key head (-1: none), first and last place in `order`. order:
-    positions in (pairs, chunk, TOP_K), sorted by leaf.
+    items (., 3): leaf numbered through windows of tokens and pairs of sequence and key head (-1: none), first and last place in
+    `order`. order: positions in (pairs, chunk, TOP_K), sorted by these numbers.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
     item = tl.program_id(0).to(tl.int64)
-    leaf_of_pair = tl.load(items + item * 3)
-    if leaf_of_pair >= 0:
+    group = tl.load(items + item * 3)
+    if group >= 0:
         begin = tl.load(items + item * 3 + 1)
         count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
-        pair = leaf_of_pair // num_leaves
-        leaf = leaf_of_pair % num_leaves
+        pair = group // num_leaves % num_pairs
+        leaf = group % num_leaves
         b = pair // num_key_heads
         kh = pair % num_key_heads
         d = tl.arange(0, BD)
@@ -72,7 +72,7 @@ def leaf_forward(
 def leaf_backward(
     q, k, v, router_mix, order, items, logits, dout, lse, delta, part, slopes, dkv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_tokens, num_leaves, num_heads, num_key_heads, first_token, chunk, apart, scale,
+    num_tokens, num_leaves, num_pairs, num_heads, num_key_heads, first_token, chunk, apart, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -85,12 +85,12 @@ def leaf_backward(
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
     item = tl.program_id(0).to(tl.int64)
-    leaf_of_pair = tl.load(items + item * 3)
-    if leaf_of_pair >= 0:
+    group = tl.load(items + item * 3)
+    if group >= 0:
         begin = tl.load(items + item * 3 + 1)
         count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
-        pair = leaf_of_pair // num_leaves
-        leaf = leaf_of_pair % num_leaves
+        pair = group // num_leaves % num_pairs
+        leaf = group % num_leaves
         b = pair // num_key_heads
         kh = pair % num_key_heads
         d = tl.arange(0, BD)

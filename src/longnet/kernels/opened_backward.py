@@ -112,7 +112,7 @@ def far_dq(
 @triton.jit
 def children_dkv(
     q, kbar, vbar, entropy, level_bias, offsets, family_offsets, words, order, items, dout, lse, delta, partial,
-    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, families, entries, scale,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, num_pairs, families, entries, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr,
     WORDS: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def children_dkv(
     if group >= 0:
         begin = tl.load(items + item * 3 + 1)
         count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
-        pair = group // families
+        pair = group // families % num_pairs
         family = (group % families).to(tl.int32)
         level = level_of(family, family_offsets, levels)
         b = pair // num_key_heads

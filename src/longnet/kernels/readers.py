@@ -1,8 +1,9 @@
 """Readers ordered by what they read: work items of the kernels that own a node, and the sums over a node's items.
 
 A group is what a program owns: a leaf block, or COLUMNS neighbouring nodes of a level (a family), numbered through all pairs
-of sequence and key head. Readers are sorted by group; an item is a group with up to `most` of its readers. No atomics: an
-item's sums are stored and added in their order.
+of sequence and key head, and apart for every window of tokens: programs at work at the same time then read the same queries,
+which stay in the cache. Readers are sorted by group; an item is a group with up to `most` of its readers. No atomics: an item's
+sums are stored and added in their order.
 """
 
 from __future__ import annotations
@@ -57,15 +58,16 @@ def list_items(keys, items, ranges, count, groups, most, total, steps, BG: tl.co
 
 @triton.jit
 def gather_children(
-    opened, child_bits, family_offsets, keys, words, entries, entries_of_pair, levels, families, groups,
+    opened, child_bits, family_offsets, keys, words, entries, num_tokens, levels, families, window, windows,
     COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
     """Readers of the children of opened nodes, of all levels: keys (levels - 1, entries) and words (levels - 1, entries, WORDS).
 
-    An entry is (pair, token, place of a node opened one level up). Its key: the family of that node's children, `groups`
-    where there is none or an earlier entry of the token has the same. Its words: bit c, the token sees child c of the family and
-    did not open it; 32 bits each. family_offsets (levels,): families of the levels below, of `families` in all.
+    An entry is (pair, token, place of a node opened one level up). Its key: the family of that node's children, numbered through
+    windows and pairs; their number where there is none or an earlier entry of the token has the same. Its words: bit c, the
+    token sees child c of the family and did not open it; 32 bits each. family_offsets (levels,): families of the levels below,
+    of `families` in all.
     """
     level = tl.program_id(1)
     entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -85,9 +87,13 @@ def gather_children(
         there = there & (sibling >= 0) & (sibling // PARENTS == family)
         kept = ~tl.load(child_bits + slot * BEAM + place + i, there, -1).to(tl.int64) & ((1 << RADIX) - 1)
         word |= tl.where(there, kept << (tl.where(there, sibling, 0) % PARENTS * RADIX), 0)
-    key = (entry // entries_of_pair).to(tl.int32) * families + tl.load(family_offsets + level) + family
+    pairs = (entries // BEAM // num_tokens).to(tl.int32)
+    number = (entry // BEAM // num_tokens).to(tl.int32) + (entry // BEAM % num_tokens // window).to(
+        tl.int32
+    ) * pairs
+    key = number * families + tl.load(family_offsets + level) + family
     to = level.to(tl.int64) * entries + entry
-    tl.store(keys + to, tl.where(first, key, groups), ok)
+    tl.store(keys + to, tl.where(first, key, windows * pairs * families), ok)
     for i in tl.static_range(WORDS):
         tl.store(words + to * WORDS + i, (word >> (32 * i)).to(tl.int32), ok)
 
@@ -103,45 +109,45 @@ def level_of(family, family_offsets, levels):
 
 @triton.jit
 def add_children(
-    partial, ranges, family_offsets, offsets, dkbar, dvbar, dentropy, num_nodes, num_key_heads, levels, families,
+    partial, ranges, family_offsets, offsets, dkbar, dvbar, dentropy, num_nodes, num_key_heads, levels, families, windows,
     D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add to dkbar, dvbar (B, nodes, K, D) and dentropy (B, nodes, K) the sums of the groups' items, partial (items, COLUMNS,
     2 D + 1)."""
     WIDTH: tl.constexpr = 2 * D + 1
     group = tl.program_id(0)
-    begin = tl.load(ranges + group * 2)
-    end = tl.load(ranges + group * 2 + 1)
-    if end > begin:
-        pair = group // families
-        family = group % families
-        level = level_of(family, family_offsets, levels)
-        first = tl.load(offsets + level)
-        c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        d = tl.arange(0, BD)
-        node = (family - tl.load(family_offsets + level)) * COLUMNS + c
-        c_ok = node < tl.load(offsets + level + 1) - first
-        ok = c_ok[:, None] & (d < D)[None, :]
-        row = (
-            (pair // num_key_heads).to(tl.int64) * num_nodes + first + node
-        ) * num_key_heads + pair % num_key_heads
-        to = row[:, None] * D + d[None, :]
-        dk = tl.load(dkbar + to, ok, 0.0)
-        dv = tl.load(dvbar + to, ok, 0.0)
-        dh = tl.load(dentropy + row, c_ok, 0.0)
-        for item in range(begin, end):
+    pair = group // families
+    family = group % families
+    level = level_of(family, family_offsets, levels)
+    first = tl.load(offsets + level)
+    c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BD)
+    node = (family - tl.load(family_offsets + level)) * COLUMNS + c
+    c_ok = node < tl.load(offsets + level + 1) - first
+    ok = c_ok[:, None] & (d < D)[None, :]
+    row = (
+        (pair // num_key_heads).to(tl.int64) * num_nodes + first + node
+    ) * num_key_heads + pair % num_key_heads
+    to = row[:, None] * D + d[None, :]
+    dk = tl.load(dkbar + to, ok, 0.0)
+    dv = tl.load(dvbar + to, ok, 0.0)
+    dh = tl.load(dentropy + row, c_ok, 0.0)
+    for w in range(windows):
+        at_range = ranges + (w * tl.num_programs(0) + group) * 2
+        for item in range(tl.load(at_range), tl.load(at_range + 1)):
             at = partial + (item * COLUMNS + c) * WIDTH
             dk += tl.load(at[:, None] + d[None, :], ok, 0.0)
             dv += tl.load(at[:, None] + D + d[None, :], ok, 0.0)
             dh += tl.load(at + 2 * D, c_ok, 0.0)
-        tl.store(dkbar + to, dk, ok)
-        tl.store(dvbar + to, dv, ok)
-        tl.store(dentropy + row, dh, c_ok)
+    tl.store(dkbar + to, dk, ok)
+    tl.store(dvbar + to, dv, ok)
+    tl.store(dentropy + row, dh, c_ok)
 
 
 @triton.jit
 def add_leaves(
-    partial, partial_node, ranges, dk_sum, dv_sum, dk, dv, dkbar, dentropy, num_tokens, num_leaves, num_nodes, num_key_heads,
+    partial, partial_node, ranges, dk_sum, dv_sum, dk, dv, dkbar, dentropy,
+    num_tokens, num_leaves, num_nodes, num_key_heads, windows,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of the leaves' items, partial (items, 2, BLOCK, D) to dk_sum, dv_sum (B, N, K, D) fp32 and partial_node
@@ -155,8 +161,6 @@ def add_leaves(
     kh = pair % num_key_heads
     inside = leaf < num_leaves
     group = pair * num_leaves + leaf
-    begin = tl.load(ranges + group * 2, inside, 0)
-    end = tl.load(ranges + group * 2 + 1, inside, 0)
     d = tl.arange(0, BD)
     d_ok = d < D
     c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -167,22 +171,23 @@ def add_leaves(
     if not FIRST:
         dk_total = tl.load(dk_sum + at, ok, 0.0)
     dv_total = tl.load(dv_sum + at, ok, 0.0)
-    for item in range(begin, end):
-        here = partial + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
-        dk_total += tl.load(here, ok, 0.0)
-        dv_total += tl.load(here + BLOCK * D, ok, 0.0)
+    row = (b * num_nodes + leaf) * num_key_heads + kh
+    one = (tl.program_id(1) == 0) & inside
+    summary = tl.load(dkbar + row * D + d, d_ok & one, 0.0)
+    dh = tl.load(dentropy + row, one, 0.0)
+    for w in range(windows):
+        at_range = ranges + (w * tl.num_programs(2) * num_leaves + group) * 2
+        for item in range(tl.load(at_range, inside, 0), tl.load(at_range + 1, inside, 0)):
+            here = partial + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
+            dk_total += tl.load(here, ok, 0.0)
+            dv_total += tl.load(here + BLOCK * D, ok, 0.0)
+            summary += tl.load(partial_node + item * (D + 1) + d, d_ok & one, 0.0)
+            dh += tl.load(partial_node + item * (D + 1) + D, one, 0.0)
+    tl.store(dkbar + row * D + d, summary, d_ok & one)
+    tl.store(dentropy + row, dh, one)
     if LAST:
         tl.store(dk + at, dk_total.to(dk.dtype.element_ty), ok)
         tl.store(dv + at, dv_total.to(dv.dtype.element_ty), ok)
     else:
         tl.store(dk_sum + at, dk_total, ok)
         tl.store(dv_sum + at, dv_total, ok)
-    if (tl.program_id(1) == 0) & (end > begin):
-        row = (b * num_nodes + leaf) * num_key_heads + kh
-        total = tl.load(dkbar + row * D + d, d_ok, 0.0)
-        dh = tl.load(dentropy + row)
-        for item in range(begin, end):
-            total += tl.load(partial_node + item * (D + 1) + d, d_ok, 0.0)
-            dh += tl.load(partial_node + item * (D + 1) + D)
-        tl.store(dkbar + row * D + d, total, d_ok)
-        tl.store(dentropy + row, dh)
