@@ -152,7 +152,10 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
 
 def rows_of(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """Descriptor of `rows` tokens of one head at a time, `width` wide: x (B, N, heads, D), aligned."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, width])
+    if any(stride == 0 and count > 1 for stride, count in zip(x.stride(), x.shape, strict=True)):
+        x = x.contiguous()  # expanded: a descriptor cannot stand still
+    strides = [stride if count > 1 else x.numel() for stride, count in zip(x.stride(), x.shape, strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, rows, 1, width])
 
 
 def scalars_of(x: Tensor, rows: int) -> TensorDescriptor:
