@@ -31,6 +31,8 @@ def test_descriptors_of_rows_have_strides_that_hardware_takes():
     x = torch.randn(1, 5, 1, 16)
     for given in (x, x.expand(1, 5, 3, 16), x.expand(2, 5, 1, 16), x.as_strided(x.shape, (0, 16, 0, 1))):
         rows = rows_of(given, 64, 16)
-        assert rows.base.equal(given) and rows.block_shape == [1, 64, 1, 16]
-        assert all(stride > 0 and stride % 4 == 0 for stride in rows.strides[:3]) and rows.strides[3] == 1
+        assert rows.base.equal(given)
+        assert rows.block_shape == [1, 64, 1, 16]
+        assert all(stride > 0 and stride % 4 == 0 for stride in rows.strides[:3])
+        assert rows.strides[3] == 1
         assert rows.base.as_strided(rows.shape, rows.strides).equal(given)
