@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longnet.patterns import HierarchicalPattern
 
@@ -125,6 +126,27 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
         "GUARD": geometry.guard,
         "LEVELS": geometry.levels,
     }
+
+
+def rows_of(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Descriptor of `rows` tokens of one head at a time, `width` wide: x (B, N, heads, D), aligned."""
+    if any(stride == 0 and count > 1 for stride, count in zip(x.stride(), x.shape, strict=True)):
+        x = x.contiguous()  # expanded: a descriptor cannot stand still
+    strides = [stride if count > 1 else x.numel() for stride, count in zip(x.stride(), x.shape, strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, rows, 1, width])
+
+
+def scalars_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of `rows` neighbouring elements of x, contiguous, counted through all dimensions."""
+    return TensorDescriptor(x, [x.numel()], [1], [rows])
+
+
+def query_rows(q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, tile: dict) -> tuple:
+    """What kernels read of a block of queries of one head, by descriptors if the tile's TMA says so."""
+    if not tile["TMA"]:
+        return q, dout, lse, delta
+    rows, width = tile["BLOCK"], tile["BD"]
+    return *(rows_of(x, rows, width) for x in (q, dout)), *(scalars_of(x, rows) for x in (lse, delta))
 
 
 def by_descriptor(shape: Shape) -> bool:

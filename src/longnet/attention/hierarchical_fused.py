@@ -15,10 +15,11 @@ from longnet.attention.far_work import (
     offsets_of,
     place_tile,
     reader_tile,
+    rows_of,
     shape_of,
     strides,
 )
-from longnet.attention.fused import aligned, allocate_descriptors
+from longnet.attention.fused import aligned
 from longnet.attention.hierarchical_gradients import backward
 from longnet.attention.opened_work import Leaves, Routes, chunks, route
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
@@ -113,7 +114,6 @@ def forward(
     q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
     (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32.
     """
-    allocate_descriptors()
     shape = shape_of(q, k)
     joint = q_local is None
     q_local = q if q_local is None else q_local
@@ -125,8 +125,8 @@ def forward(
     counts = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads)
     sizes = (*counts, geometry.levels, scale)
     cover.cover_forward[cover_grid(shape, geometry, tile)](
-        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, out, lse,
-        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *counts, scale,
+        q_local, *(rows_of(x, tile["BK"], tile["BD"]) for x in (k_local, v)), q, kbar, vbar, entropy, level_bias, out, lse,
+        *strides(q_local), *strides(q), *counts, scale,
         LISTS=not opening, JOINT=joint, **tile,
     )  # fmt: skip
     if not opening:

@@ -17,10 +17,12 @@ from longnet.attention.far_work import (
     epoch_tile,
     epochs_of,
     offsets_of,
+    query_rows,
+    rows_of,
     shape_of,
     strides,
 )
-from longnet.attention.fused import aligned, allocate_descriptors
+from longnet.attention.fused import aligned
 from longnet.attention.opened_gradients import Nodes, Opened, opened_gradients
 from longnet.attention.opened_work import Leaves, Routes
 from longnet.kernels import cover, cover_keys
@@ -51,7 +53,6 @@ def backward(
 
     q_local None: q was read inside the window too; None is its gradient, and that of k where no token reached beyond summaries.
     """
-    allocate_descriptors()
     shape = shape_of(q, k)
     dout = aligned(dout.contiguous())
     delta = torch.empty_like(lse)
@@ -67,9 +68,9 @@ def backward(
         dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "dq")
     cover.cover_dq[cover_grid(shape, geometry, tile)](
-        q_local, k_local, v, q, kbar, vbar, entropy, level_bias, dout, out,
+        q_local, *(rows_of(x, tile["BK"], tile["BD"]) for x in (k_local, v)), q, kbar, vbar, entropy, level_bias, dout, out,
         lse, lse if dlse is None else dlse.contiguous(), delta, dq_local, dq, delta if dbias is None else dbias,
-        *strides(q_local), *strides(k_local), *strides(v), *strides(q), *counts, scale,
+        *strides(q_local), *strides(q), *counts, scale,
         LISTS=not opening, JOINT=joint, BIAS=dbias is not None, DLSE=dlse is not None,
         COLUMNS=max(16, triton.next_power_of_2(geometry.levels)), **tile,
     )  # fmt: skip
@@ -81,7 +82,7 @@ def backward(
     tile = cover_tile(shape, geometry, q.dtype, "dkv")
     blocks = -(-shape.tokens // geometry.block)
     cover_keys.window_dkv[(blocks * shape.key_heads, shape.batch)](
-        q_local, k_local, v, dout, lse, delta, dk_local, dv,
+        k_local, v, *query_rows(q_local, dout, lse, delta, tile), dk_local, dv,
         *strides(q_local), *strides(k_local), *strides(v), shape.tokens, shape.heads, shape.key_heads, scale, **tile,
     )  # fmt: skip
     far = _Far(
@@ -152,8 +153,8 @@ class _Far(NamedTuple):
             cover_keys.listed_dkv[
                 (epochs.count * parts, triton.cdiv(epochs.columns, tile["NODES"]), shape.pairs)
             ](
-                self.q, self.kbar, self.vbar, self.entropy, self.level_bias,
-                self.delta if routes is None else routes.base_bits, self.dout, self.lse, self.delta, partial,
+                self.kbar, self.vbar, self.entropy, self.level_bias, self.delta if routes is None else routes.base_bits,
+                *query_rows(self.q, self.dout, self.lse, self.delta, tile), partial,
                 *strides(self.q), shape.tokens, nodes, shape.heads, shape.key_heads, epochs.columns, self.scale,
                 MASKED=routes is not None, **tile,
             )  # fmt: skip

@@ -11,7 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longnet.kernels.dilated_forward import strided_rows
+
+@triton.jit
+def load_tile(rows, sequence, begin, head, ROWS: tl.constexpr, BD: tl.constexpr):
+    """ROWS tokens of a head, zeros beyond the sequence. rows: descriptor of (B, N, heads, D) made by the host, which spares
+    every program to make one and wait for it."""
+    return rows.load([sequence, begin, head, 0]).reshape(ROWS, BD)
 
 
 @triton.jit
@@ -148,8 +153,8 @@ def _attend(acc, top, total, s, factor, vt, PREC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def cover_forward(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, out, lse,
-    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
+    q_local, k_rows, v_rows, q, kbar, vbar, entropy, level_bias, out, lse,
+    sqb, sqn, sqh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
@@ -159,7 +164,8 @@ def cover_forward(
     """out and lse (natural) of one softmax over the local window, BK keys at a time, and, if LISTS, all listed summaries, BN
     at a time. JOINT: q_local and q are the same."""
     i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
-    b = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(1)
+    b = sequence.to(tl.int64)
     kh = head // G
     row = tl.arange(0, QB * BLOCK * HG)
     token = i * BLOCK + row % (QB * BLOCK)
@@ -174,13 +180,13 @@ def cover_forward(
     m = tl.full((QB * BLOCK * HG,), float("-inf"), tl.float32)
     total = tl.zeros((QB * BLOCK * HG,), tl.float32)
     acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
-    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
-    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
     low = tl.maximum(0, first + QB - 1) * BLOCK
     diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
     for begin in tl.range(low, diagonal, BK):
-        s = tl.dot(qt, k_rows.load([begin, 0]).T, input_precision=PREC)
-        acc, m, total = _attend(acc, m, total, s, scale2, v_rows.load([begin, 0]), PREC=PREC)
+        s = tl.dot(qt, load_tile(k_rows, sequence, begin, kh, BK, BD).T, input_precision=PREC)
+        acc, m, total = _attend(
+            acc, m, total, s, scale2, load_tile(v_rows, sequence, begin, kh, BK, BD), PREC=PREC
+        )
     # Every row sees a key of the first tile that needs a mask: from there on all maxima are finite.
     # A count that the compiler does not know: a loop of one step would be unrolled, and the assembler then makes every product
     # of the kernel wait for the one before (ptxas C7515).
@@ -190,9 +196,11 @@ def cover_forward(
         masked += tl.where(first >= 0, (QB - 1) * BLOCK // BK, 0)
     for t in tl.range(0, masked):
         begin, seen = _window_tile(t, own, first * BLOCK, diagonal, token, BLOCK, QB, WINDOW, BK)
-        s = tl.dot(qt, k_rows.load([begin, 0]).T, input_precision=PREC) * scale2
+        s = tl.dot(qt, load_tile(k_rows, sequence, begin, kh, BK, BD).T, input_precision=PREC) * scale2
         s = tl.where(seen, s, float("-inf"))
-        acc, m, total = _attend(acc, m, total, s, 1.0, v_rows.load([begin, 0]), PREC=PREC)
+        acc, m, total = _attend(
+            acc, m, total, s, 1.0, load_tile(v_rows, sequence, begin, kh, BK, BD), PREC=PREC
+        )
     if LISTS:
         if JOINT:
             qf = qt
@@ -218,8 +226,8 @@ def cover_forward(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def cover_dq(
-    q_local, k_local, v, q, kbar, vbar, entropy, level_bias, dout, out, lse, dlse, delta, dq_local, dq, dbias,
-    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sfb, sfn, sfh,
+    q_local, k_rows, v_rows, q, kbar, vbar, entropy, level_bias, dout, out, lse, dlse, delta, dq_local, dq, dbias,
+    sqb, sqn, sqh, sfb, sfn, sfh,
     num_tokens, num_nodes, num_heads, num_key_heads, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
@@ -232,7 +240,8 @@ def cover_dq(
     dbias (B, N, H, LEVELS) receives the sums of the logit gradients of every level.
     """
     i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
-    b = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(1)
+    b = sequence.to(tl.int64)
     kh = head // G
     row = tl.arange(0, QB * BLOCK * HG)
     token = i * BLOCK + row % (QB * BLOCK)
@@ -254,14 +263,12 @@ def cover_dq(
     tl.store(delta + at_lse, dl, token_ok)
     scale2 = scale * 1.4426950408889634
     first = i - WINDOW + 1
-    k_rows = strided_rows(k_local + b * skb, 0, num_tokens, skn, skh, kh, 1, D=D, BD=BD, ROWS=BK)
-    v_rows = strided_rows(v + b * svb, 0, num_tokens, svn, svh, kh, 1, D=D, BD=BD, ROWS=BK)
     acc = tl.zeros((QB * BLOCK * HG, BD), tl.float32)
     low = tl.maximum(0, first + QB - 1) * BLOCK
     diagonal = tl.maximum(low, low + (i * BLOCK - low) // BK * BK)
     for begin in tl.range(low, diagonal, BK):
-        kt = k_rows.load([begin, 0])
-        vt = v_rows.load([begin, 0])
+        kt = load_tile(k_rows, sequence, begin, kh, BK, BD)
+        vt = load_tile(v_rows, sequence, begin, kh, BK, BD)
         p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
         ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
@@ -271,8 +278,8 @@ def cover_dq(
         masked += tl.where(first >= 0, (QB - 1) * BLOCK // BK, 0)
     for t in tl.range(0, masked):
         begin, seen = _window_tile(t, own, first * BLOCK, diagonal, token, BLOCK, QB, WINDOW, BK)
-        kt = k_rows.load([begin, 0])
-        vt = v_rows.load([begin, 0])
+        kt = load_tile(k_rows, sequence, begin, kh, BK, BD)
+        vt = load_tile(v_rows, sequence, begin, kh, BK, BD)
         p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
         p = tl.where(seen, p, 0.0)
         ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])

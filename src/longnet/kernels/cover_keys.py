@@ -8,19 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.kernels.cover import listed_count, listed_nodes
+from longnet.kernels.cover import listed_count, listed_nodes, load_tile
 from longnet.kernels.routing import load_rows
-
-
-@triton.jit
-def rows_by_head(x, tokens, heads, sn, sh, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
-    """Descriptor of ROWS tokens of one of all heads."""
-    return tl.make_tensor_descriptor(x, [heads, tokens, D], [sh, sn, 1], [1, ROWS, BD])
-
-
-@triton.jit
-def row_scalars(x, rows, ROWS: tl.constexpr):
-    return tl.make_tensor_descriptor(x, [rows], [1], [ROWS])
 
 
 @triton.jit
@@ -28,13 +17,14 @@ def query_tile(
     q, dout, lse, delta, i, head, b, sqb, sqn, sqh, num_tokens, num_heads,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """TMA: the first four are `rows_by_head` and `row_scalars`. Of block i and one head: q, dout,
-    lse in log 2 (inf beyond the sequence, where the weight then is 0), delta."""
+    """Of block i and one head: q, dout, lse in log 2 (inf beyond the sequence, where the weight then is 0), delta. TMA: the
+    first four are descriptors, of (B, N, H, D) and of all (B H N) scalars."""
     token = i * BLOCK + tl.arange(0, BLOCK)
     ok = token < num_tokens
     if TMA:
-        qt = q.load([head, i * BLOCK, 0]).reshape(BLOCK, BD)
-        do = dout.load([head, i * BLOCK, 0]).reshape(BLOCK, BD)
+        sequence = b.to(tl.int32)
+        qt = load_tile(q, sequence, i * BLOCK, head, BLOCK, BD)
+        do = load_tile(dout, sequence, i * BLOCK, head, BLOCK, BD)
         at = ((b * num_heads + head) * num_tokens + i * BLOCK).to(tl.int32)
         lse2 = tl.where(ok, lse.load([at]) * 1.4426950408889634, float("inf"))
         dl = delta.load([at])
@@ -69,7 +59,7 @@ def _dkv_step(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def window_dkv(
-    q_local, k_local, v, dout, lse, delta, dk, dv,
+    k_local, v, q_local, dout, lse, delta, dk, dv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_tokens, num_heads, num_key_heads, scale,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
@@ -93,31 +83,15 @@ def window_dkv(
     blocks = tl.minimum(WINDOW, tl.cdiv(num_tokens, BLOCK) - j)
     # Not the constant G: a loop of one step would be unrolled, and the products around it wait for each other then.
     group = num_heads // num_key_heads
-    q_rows, do_rows, lse_rows, delta_rows = q_local, dout, lse, delta
-    if TMA:
-        scalars = tl.num_programs(1) * num_heads * num_tokens
-        q_rows = rows_by_head(q_local + b * sqb, num_tokens, num_heads, sqn, sqh, D=D, BD=BD, ROWS=BLOCK)
-        do_rows = rows_by_head(
-            dout + b * num_tokens * num_heads * D,
-            num_tokens,
-            num_heads,
-            num_heads * D,
-            D,
-            D=D,
-            BD=BD,
-            ROWS=BLOCK,
-        )
-        lse_rows = row_scalars(lse, scalars, ROWS=BLOCK)
-        delta_rows = row_scalars(delta, scalars, ROWS=BLOCK)
     for step in tl.range(0, group):
         dk_acc, dv_acc = _dkv_step(
-            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b,
+            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_local, dout, lse, delta, b,
             at_key,
             sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=True, TMA=TMA, PREC=PREC,
         )  # fmt: skip
     for step in tl.range(group, blocks * group):
         dk_acc, dv_acc = _dkv_step(
-            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_rows, do_rows, lse_rows, delta_rows, b,
+            j + step // group, kh * group + step % group, kt, vt, dk_acc, dv_acc, q_local, dout, lse, delta, b,
             at_key,
             sqb, sqn, sqh, num_tokens, num_heads, scale2, D=D, BD=BD, BLOCK=BLOCK, MASK=False, TMA=TMA, PREC=PREC,
         )  # fmt: skip
@@ -128,7 +102,7 @@ def window_dkv(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def listed_dkv(
-    q, kbar, vbar, entropy, level_bias, base_bits, dout, lse, delta, partial,
+    kbar, vbar, entropy, level_bias, base_bits, q, dout, lse, delta, partial,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, columns, scale,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NODES: tl.constexpr,
     TMA: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr, LEVELS: tl.constexpr,
@@ -168,30 +142,14 @@ def listed_dkv(
         i0 = epoch * RADIX + WINDOW - 1 + (item % parts).to(tl.int32) * BLOCKS
         group = num_heads // num_key_heads
         steps = tl.minimum(BLOCKS, tl.cdiv(num_tokens, BLOCK) - i0) * group
-        q_rows, do_rows, lse_rows, delta_rows = q, dout, lse, delta
-        if TMA:
-            scalars = tl.num_programs(2) * group * num_tokens
-            q_rows = rows_by_head(q + b * sqb, num_tokens, num_heads, sqn, sqh, D=D, BD=BD, ROWS=BLOCK)
-            do_rows = rows_by_head(
-                dout + b * num_tokens * num_heads * D,
-                num_tokens,
-                num_heads,
-                num_heads * D,
-                D,
-                D=D,
-                BD=BD,
-                ROWS=BLOCK,
-            )
-            lse_rows = row_scalars(lse, scalars, ROWS=BLOCK)
-            delta_rows = row_scalars(delta, scalars, ROWS=BLOCK)
         for step in tl.range(0, steps):
             i = i0 + step // group
             head = (kh * group).to(tl.int32) + step % group
             qt, do, lse2, dl = query_tile(
-                q_rows,
-                do_rows,
-                lse_rows,
-                delta_rows,
+                q,
+                dout,
+                lse,
+                delta,
                 i,
                 head,
                 b,
