@@ -164,7 +164,7 @@ def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
 # of opened leaves are on their way.
 FAR_ROWS = 64
 PLACE_STAGES = 3
-FAR_TILES = {"score": (32, 4, 2, None), "attend": (32, 4, 3, 168), "dq": (32, 4, 3, None)}
+FAR_TILES = {"score": (32, 4, 2, None), "attend": (32, 4, 3, 168), "dq": (32, 4, 3, 168)}
 
 
 def far_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:

@@ -142,8 +142,7 @@ def forward(
             kept.append(Leaves(*readers, logits))
         leaves.leaf_forward[(len(readers.items),)](
             q, k, v, readers.order, readers.items, part, logits,
-            *strides(q), *strides(k), *strides(v), geometry.sizes[0], shape.pairs, shape.key_heads, chunk.first, chunk.tokens,
-            scale,
+            *strides(q), *strides(k), *strides(v), geometry.sizes[0], shape.key_heads, chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, q.dtype, "leaf forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](

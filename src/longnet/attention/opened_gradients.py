@@ -97,7 +97,6 @@ class Opened(NamedTuple):
             readers.add_leaves[(triton.cdiv(shape.tokens, self.geometry.block), self.geometry.block // 16, shape.pairs)](
                 item_dkv, item_dnode, opened.ranges, dk_sum, dv_sum, dk, dv, nodes.dkbar, nodes.dentropy,
                 shape.tokens, self.geometry.sizes[0], self.kbar.shape[1], shape.key_heads,
-                len(opened.ranges) // (shape.pairs * self.geometry.sizes[0]),
                 **self.leaf, BLOCK=self.geometry.block, ROWS=16, FIRST=i == 0, LAST=i == len(parts) - 1, num_warps=4,
             )  # fmt: skip
             done += chunk.tiles
@@ -128,7 +127,7 @@ class Opened(NamedTuple):
         leaves.leaf_backward[(items,)](
             self.q, self.k, self.v, self.router_mix, opened.order, opened.items, opened.logits, self.dout, self.lse,
             self.delta, part, slopes, item_dkv, *strides(self.q), *strides(self.k), *strides(self.v),
-            shape.tokens, geometry.sizes[0], shape.pairs, shape.heads, shape.key_heads, chunk.first, chunk.tokens, apart,
+            shape.tokens, geometry.sizes[0], shape.heads, shape.key_heads, chunk.first, chunk.tokens, apart,
             self.scale, BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, self.q.dtype, "leaf backward"),
         )  # fmt: skip
         tables = Tables.of(routes, self.entropy, self.offsets, shape, geometry, chunk)

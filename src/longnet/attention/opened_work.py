@@ -22,7 +22,7 @@ from longnet.kernels import readers, routing
 
 # Readers of one work item: enough to amortise its loads, few enough to fill the device; items of children leave 32 KiB each, so
 # their number is bounded.
-LEAF_READERS = 256
+LEAF_READERS = 512
 CHILD_READERS, CHILD_ITEMS = 128, 2**15
 
 # Neighbouring nodes whose gradients one program sums: the columns of its products, the bits of a reader's words.
@@ -32,7 +32,7 @@ COLUMNS = 32
 CHUNK_BYTES = 2**30
 
 
-# Bytes of queries and of their gradients that programs at work at the same time shall read: they stay in the cache.
+# Bytes of queries and of their gradients that the readers of children in one window have: they stay in the cache.
 WINDOW_BYTES = 2**25
 
 
@@ -188,8 +188,7 @@ def route(
 ) -> tuple[Tables, Readers]:
     """Open nodes for the tokens of a chunk, from the coarsest level down; the readers of the leaves that they opened."""
     tables = Tables(shape, geometry, chunk, q.device)
-    leaves, window = geometry.sizes[0], window_of(shape, q.element_size())
-    windows = triton.cdiv(chunk.tokens, window)
+    leaves = geometry.sizes[0]
     keys = torch.empty(shape.pairs, chunk.tokens, geometry.top_k, dtype=torch.int32, device=q.device)
     constants = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
     constants |= {"LISTED": geometry.listed, "PLACES": triton.next_power_of_2(geometry.width)}
@@ -202,13 +201,13 @@ def route(
             tables.mark(routes, entropy, offsets, level)
             _score(q, kbar, routes, tables, scores, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
-            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places, window, windows,
+            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
             PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
         if level:
             tables.unite(routes, level)
     tables.mark(routes, entropy, offsets)
-    return tables, Readers.of(keys, windows * shape.pairs * leaves, LEAF_READERS)
+    return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
 
 
 def _score(q, kbar, routes, tables, scores, level, scale) -> None:

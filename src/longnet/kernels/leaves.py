@@ -20,15 +20,15 @@ from longnet.kernels.routing import load_rows
 @triton.jit
 def leaf_forward(
     q, k, v, order, items, part, logits, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_leaves, num_pairs, num_key_heads, first_token, chunk, scale,
+    num_leaves, num_key_heads, first_token, chunk, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Of opened leaves the softmax means, part (pairs, chunk, TOP_K, G, D), and the log2 of their mass, logits (pairs, chunk,
     TOP_K, G).
 
-    items (., 3): leaf numbered through windows of tokens and pairs of sequence and key head (-1: none), first and last place in
-    `order`. order: positions in (pairs, chunk, TOP_K), sorted by these numbers.
+    items (., 3): leaf numbered through pairs of sequence and key head (-1: none), first and last place in `order`. order:
+    positions in (pairs, chunk, TOP_K), sorted by leaf.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
@@ -37,7 +37,7 @@ def leaf_forward(
     if group >= 0:
         begin = tl.load(items + item * 3 + 1)
         count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
-        pair = group // num_leaves % num_pairs
+        pair = group // num_leaves
         leaf = group % num_leaves
         b = pair // num_key_heads
         kh = pair % num_key_heads
@@ -72,7 +72,7 @@ def leaf_forward(
 def leaf_backward(
     q, k, v, router_mix, order, items, logits, dout, lse, delta, part, slopes, dkv,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
-    num_tokens, num_leaves, num_pairs, num_heads, num_key_heads, first_token, chunk, apart, scale,
+    num_tokens, num_leaves, num_heads, num_key_heads, first_token, chunk, apart, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     TOP_K: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def leaf_backward(
     if group >= 0:
         begin = tl.load(items + item * 3 + 1)
         count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
-        pair = group // num_leaves % num_pairs
+        pair = group // num_leaves
         leaf = group % num_leaves
         b = pair // num_key_heads
         kh = pair % num_key_heads

@@ -1,9 +1,9 @@
 """Readers ordered by what they read: work items of the kernels that own a node, and the sums over a node's items.
 
 A group is what a program owns: a leaf block, or COLUMNS neighbouring nodes of a level (a family), numbered through all pairs
-of sequence and key head, and apart for every window of tokens: programs at work at the same time then read the same queries,
-which stay in the cache. Readers are sorted by group; an item is a group with up to `most` of its readers. No atomics: an item's
-sums are stored and added in their order.
+of sequence and key head. Families are numbered apart for every window of tokens: programs at work at the same time then read
+the same queries, which stay in the cache. Readers are sorted by group; an item is a group with up to `most` of its readers. No
+atomics: an item's sums are stored and added in their order.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def add_children(
 @triton.jit
 def add_leaves(
     partial, partial_node, ranges, dk_sum, dv_sum, dk, dv, dkbar, dentropy,
-    num_tokens, num_leaves, num_nodes, num_key_heads, windows,
+    num_tokens, num_leaves, num_nodes, num_key_heads,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of the leaves' items, partial (items, 2, BLOCK, D) to dk_sum, dv_sum (B, N, K, D) fp32 and partial_node
@@ -175,14 +175,12 @@ def add_leaves(
     one = (tl.program_id(1) == 0) & inside
     summary = tl.load(dkbar + row * D + d, d_ok & one, 0.0)
     dh = tl.load(dentropy + row, one, 0.0)
-    for w in range(windows):
-        at_range = ranges + (w * tl.num_programs(2) * num_leaves + group) * 2
-        for item in range(tl.load(at_range, inside, 0), tl.load(at_range + 1, inside, 0)):
-            here = partial + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
-            dk_total += tl.load(here, ok, 0.0)
-            dv_total += tl.load(here + BLOCK * D, ok, 0.0)
-            summary += tl.load(partial_node + item * (D + 1) + d, d_ok & one, 0.0)
-            dh += tl.load(partial_node + item * (D + 1) + D, one, 0.0)
+    for item in range(tl.load(ranges + group * 2, inside, 0), tl.load(ranges + group * 2 + 1, inside, 0)):
+        here = partial + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
+        dk_total += tl.load(here, ok, 0.0)
+        dv_total += tl.load(here + BLOCK * D, ok, 0.0)
+        summary += tl.load(partial_node + item * (D + 1) + d, d_ok & one, 0.0)
+        dh += tl.load(partial_node + item * (D + 1) + D, one, 0.0)
     tl.store(dkbar + row * D + d, summary, d_ok & one)
     tl.store(dentropy + row, dh, one)
     if LAST:

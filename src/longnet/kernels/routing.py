@@ -239,7 +239,7 @@ def score(
 
 @triton.jit
 def select(
-    scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, num_leaves, width, window, windows,
+    scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, num_leaves, width,
     BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     PARENTS: tl.constexpr, LISTED: tl.constexpr, TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
@@ -249,15 +249,15 @@ def select(
     PARENTS, LISTED, PLACES: powers of two that no token's opened parents, listed nodes and WIDTH exceed. opened (B, K, N, levels,
     WIDTH) int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the c-th listed node is opened;
     child_bits (B, K, N, levels, BEAM) int32, bit c of entry e at level l: child c of the e-th node opened at l + 1 is opened.
-    leaves (pairs, tokens of the chunk, TOP_K) int32, at level 0: the opened leaf numbered through all `windows` of `window`
-    tokens and pairs, or their number where there is none.
+    leaves (pairs, tokens of the chunk, TOP_K) int32, at level 0: the opened leaf numbered through all pairs, or their number
+    where there is none.
     """
     token = first_token + tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     first = tl.maximum(0, token // BLOCK - WINDOW + 1)
     mine = pair * tl.num_programs(0) + tl.program_id(0)
     leaves += mine * TOP_K
-    nothing = num_leaves * tl.num_programs(1) * windows
+    nothing = num_leaves * tl.num_programs(1)
     place = tl.arange(0, PLACES)
     if token >= num_tokens:
         tl.store(leaves + place, nothing, (place < TOP_K) & (level == 0))
@@ -312,8 +312,7 @@ def select(
         tl.store(to + at_listed, lo + listed, takes_listed)
         tl.store(to + place, -1, (place >= taken) & (place < WIDTH))
         if level == 0:
-            number = tl.program_id(0) // window * tl.num_programs(1) + tl.program_id(1)
-            number *= num_leaves
+            number = tl.program_id(1) * num_leaves
             tl.store(leaves + at_child, number + child_node, takes_child)
             tl.store(leaves + at_listed, number + lo + listed, takes_listed)
             tl.store(leaves + place, nothing, (place >= taken) & (place < TOP_K))
