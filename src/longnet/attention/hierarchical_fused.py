@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longnet.attention import opened_work
 from longnet.attention.far_work import (
     PLACE_STAGES,
     Geometry,
@@ -21,7 +20,7 @@ from longnet.attention.far_work import (
 )
 from longnet.attention.fused import aligned
 from longnet.attention.hierarchical_gradients import backward
-from longnet.attention.opened_work import Leaves, Routes, chunks, route
+from longnet.attention.opened_work import Leaves, Routes, chunks_of, route
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 from longnet.kernels import cover, leaves, opened_forward
 from longnet.patterns import HierarchicalPattern
@@ -133,7 +132,7 @@ def forward(
         return out, lse, None, []
     summaries = (kbar, vbar, entropy, level_bias)
     routes, kept = Routes.empty(shape, geometry, q.device), []
-    for chunk in chunks(shape, geometry, q.element_size(), opened_work.CHUNK_BYTES):
+    for chunk in chunks_of(q, shape, geometry):
         tables, readers = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)

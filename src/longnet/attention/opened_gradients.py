@@ -19,7 +19,7 @@ from longnet.attention.far_work import (
     reader_tile,
     strides,
 )
-from longnet.attention.opened_work import COLUMNS, Chunk, Leaves, Routes, Tables, chunks, families_of
+from longnet.attention.opened_work import COLUMNS, Chunk, Leaves, Routes, Tables, chunks_of, families_of
 from longnet.kernels import leaves, opened_backward, readers
 
 
@@ -84,7 +84,7 @@ class Opened(NamedTuple):
         """dk, dv, dbias, dmix. Adds to nodes; dq is stored, or `add`ed to what it holds; dv_sum (B, N, K, D) fp32 holds the
         other gradients of v, and is used up."""
         shape, levels = self.shape, self.geometry.levels
-        parts = chunks(shape, self.geometry, self.q.element_size(), opened_work.CHUNK_BYTES)
+        parts = chunks_of(self.q, shape, self.geometry)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
         dk_sum = dv_sum if len(parts) == 1 else torch.empty_like(dv_sum)
         tiles = sum(chunk.tiles for chunk in parts)

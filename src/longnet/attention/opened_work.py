@@ -53,12 +53,18 @@ class Chunk(NamedTuple):
         return self.tiles * self.tile
 
 
+def chunks_of(q: Tensor, shape: Shape, geometry: Geometry) -> tuple[Chunk, ...]:
+    """The sequence in chunks of whole blocks whose places' results fit in CHUNK_BYTES, and whose queries' offsets in 31 bits."""
+    place = shape.batch * shape.heads * shape.width * q.element_size()
+    return _chunks(
+        shape, geometry, min(CHUNK_BYTES // (place * geometry.top_k), (2**31 - 1) // max(1, q.stride(1)))
+    )
+
+
 @functools.lru_cache(maxsize=64)
-def chunks(shape: Shape, geometry: Geometry, element_size: int, limit: int) -> tuple[Chunk, ...]:
-    """The sequence in chunks of whole blocks whose places' results fit in `limit` bytes."""
+def _chunks(shape: Shape, geometry: Geometry, most: int) -> tuple[Chunk, ...]:
     tile = tokens_per_tile(shape.group)
-    token = shape.batch * shape.heads * geometry.top_k * shape.width * element_size
-    size = max(1, limit // token // geometry.block) * geometry.block
+    size = max(1, most // geometry.block) * geometry.block
     begin = geometry.window * geometry.block
     return tuple(
         Chunk(first, triton.cdiv(min(size, shape.tokens - first), tile), tile)
