@@ -304,11 +304,12 @@ def cover_dq(
                 HG, D, BD, BLOCK, QB, BN, RADIX, GUARD, LEVELS,
             )  # fmt: skip
             p_far = tl.exp2(tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + (addend - lse2[:, None]))
-            ds_far = (p_far * (tl.dot(do, v_far.T, input_precision=PREC) - dl[:, None])).to(k_far.dtype)
-            acc = tl.dot(ds_far, k_far, acc, input_precision=PREC)
+            ds_far = p_far * (tl.dot(do, v_far.T, input_precision=PREC) - dl[:, None])
+            acc = tl.dot(ds_far.to(k_far.dtype), k_far, acc, input_precision=PREC)
             if BIAS:
-                chosen = (level[:, None] == column[None, :]).to(k_far.dtype)
-                sums = tl.dot(ds_far, chosen, sums, input_precision=PREC)
+                for at in tl.static_range(LEVELS):
+                    of_level = tl.sum(tl.where((level == at)[None, :], ds_far, 0.0), 1)
+                    sums += tl.where((column == at)[None, :], of_level[:, None], 0.0)
         if BIAS:
             at_bias = ((b * num_tokens + at_row) * num_heads + heads[:, None]) * LEVELS + column[None, :]
             tl.store(dbias + at_bias, sums, token_ok[:, None] & (column < LEVELS)[None, :])
