@@ -136,13 +136,13 @@ def test_kernels_against_a_dense_softmax(tokens, heads, key_heads, width, patter
 
 
 def test_chunks_of_the_leaf_buffer_change_nothing(monkeypatch):
-    from longnet.attention import far_work
+    from longnet.attention import opened_work
 
     q, k, v = random(1, 3001, 6, 64), random(1, 3001, 2, 64, seed=1), random(1, 3001, 2, 64, seed=2)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     results = []
     for size in (2**30, 2**21):
-        monkeypatch.setattr(far_work, "CHUNK_BYTES", size)
+        monkeypatch.setattr(opened_work, "CHUNK_BYTES", size)
         out, lse = hierarchical_attention(*inputs, HierarchicalPattern(radix=8), impl="triton")
         results.append((out, lse, torch.autograd.grad((out.float() ** 2).sum(), inputs)))
     (out, lse, whole), (again, lse_again, parts) = results

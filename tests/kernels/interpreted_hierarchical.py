@@ -5,7 +5,7 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import far_work, hierarchical_fused, hierarchical_gradients
+from longnet.attention import hierarchical_fused, opened_gradients, opened_work
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
@@ -23,6 +23,8 @@ CASES = {
     "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 147, 2, 1, 16, 1.0),
     # two or three chunks of the buffer of opened leaves, and a group that is no power of two
     "chunks": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 3, 1, 16, 0.7),
+    # two sequences on two key heads, with several windows of tokens
+    "batches": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 99, 4, 2, 16, 0.4),
     "short": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 1, 2, 1, 16, 1.0),
 }
 
@@ -30,17 +32,14 @@ CASES = {
 def main(name: str) -> None:
     pattern, tokens, heads, key_heads, width, beta = CASES[name]
     if name == "chunks":
-        far_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
-    if name == "levels":
-        far_work.COLUMNS = hierarchical_gradients.COLUMNS = 8
-        hierarchical_gradients.READERS = 24
+        opened_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
+    if name in ("levels", "batches"):
+        opened_gradients.COLUMNS = opened_work.COLUMNS = 8
+        opened_work.LEAF_READERS = opened_work.CHILD_READERS = 24
+        opened_work.WINDOW_BYTES = 50 * 2 * heads * width * 4
     torch.manual_seed(0)
-    shapes = [
-        (1, tokens, heads, width),
-        *[(1, tokens, key_heads, width)] * 2,
-        (1, tokens, heads, width),
-        (1, tokens, key_heads, width),
-    ]
+    batch = 2 if name == "batches" else 1
+    shapes = [(batch, tokens, x, width) for x in (heads, key_heads, key_heads, heads, key_heads)]
     tensors = [torch.randn(s, dtype=torch.float32) for s in shapes]
     prior = torch.randn(key_heads, width) / 2
     bias, mix = 0.3 * torch.randn(heads, pattern.num_levels(tokens)), torch.full((heads,), beta)
@@ -118,7 +117,25 @@ def pyramids() -> None:
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
-if sys.argv[1] == "pyramids":
-    pyramids()
+def readers() -> None:
+    """Every reader in one item of its group, in order; nothing else is work."""
+    g = torch.Generator().manual_seed(0)
+    for count, groups, most in ((1000, 130, 7), (1, 1, 4), (300, 200, 1000), (64, 3, 8)):
+        # Some groups are empty, and some readers read nothing.
+        keys = torch.randint(0, groups + 1, (count,), generator=g, dtype=torch.int32)
+        keys = torch.where(keys % 5 == 3, groups, keys).to(torch.int32)
+        order, items, ranges = opened_work.Readers.of(keys, groups, most)
+        work = items[items[:, 0] >= 0]
+        for group in range(groups):
+            mine = work[work[:, 0] == group]
+            begin, end = ranges[group].tolist()
+            assert torch.equal(items[begin:end], mine)
+            assert ((mine[:, 2] - mine[:, 1]) <= most).all()
+            found = torch.cat([order[a:b] for _, a, b in mine.tolist()] or [order[:0]])
+            assert torch.equal(found, (keys == group).nonzero()[:, 0])
+
+
+if sys.argv[1] in ("pyramids", "readers"):
+    {"pyramids": pyramids, "readers": readers}[sys.argv[1]]()
 else:
     main(sys.argv[1])

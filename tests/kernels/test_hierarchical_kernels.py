@@ -20,7 +20,20 @@ def run(script, *arguments, **environment):
 
 
 @pytest.mark.parametrize(
-    "case", ["summaries", "joint", "aligned", "groups", "levels", "capped", "chunks", "short", "pyramids"]
+    "case",
+    [
+        "summaries",
+        "joint",
+        "aligned",
+        "groups",
+        "levels",
+        "capped",
+        "chunks",
+        "batches",
+        "short",
+        "pyramids",
+        "readers",
+    ],
 )
 def test_kernels_equal_the_oracle(case):
     run("interpreted_hierarchical.py", case, TRITON_INTERPRET="1")

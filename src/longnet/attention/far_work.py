@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longnet.kernels import routing
 from longnet.patterns import HierarchicalPattern
 
 # Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
@@ -20,27 +19,6 @@ READERS = 1024
 
 # Neighbouring nodes whose gradients one program sums: the rows of its products, the bits of a reader's word.
 COLUMNS = 64
-
-# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
-CHUNK_BYTES = 2**30
-
-
-class Routes(NamedTuple):
-    """What every token opened. opened (B, K, N, levels, width) int32, -1 filled; the others are bit masks of the same choice."""
-
-    opened: Tensor
-    base_bits: Tensor
-    child_bits: Tensor
-
-
-class Leaves(NamedTuple):
-    """What the backward pass wants of a chunk's opened leaves: the readers by leaf (`sorted_items`), and of every place and head
-    the log2 of the leaf's mass and its score, (2, pairs, tokens, top_k, group) fp32."""
-
-    order: Tensor
-    items: Tensor
-    first_item: Tensor
-    logits: Tensor
 
 
 class Geometry(NamedTuple):
@@ -186,10 +164,10 @@ def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
 # of opened leaves are on their way.
 FAR_ROWS = 64
 PLACE_STAGES = 3
-FAR_TILES = {"score": (64, 4, 2, None), "attend": (64, 4, 2, None), "dq": (64, 4, 2, None)}
+FAR_TILES = {"score": (32, 4, 2, None), "attend": (32, 4, 3, 168), "dq": (32, 4, 3, 168)}
 
 
-def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
+def far_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
     columns, warps, stages, registers = FAR_TILES[kernel]
     return tile_of(shape, dtype) | {
@@ -200,45 +178,38 @@ def far_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) 
         "num_warps": warps,
         "num_stages": stages,
         "maxnreg": registers,
-        **cover_constants(geometry),
     }
+
+
+def place_tile(geometry: Geometry, tokens: int) -> dict:
+    """Constants of products over the places of a tile's tokens, some tokens at once: 32 columns, or at least 16."""
+    places = max(16, triton.next_power_of_2(geometry.top_k))
+    at_once = min(tokens, max(1, 32 // places))
+    return {"TOP_K": geometry.top_k, "PLACES": places, "AT_ONCE": at_once, "WIDTH": geometry.width}
 
 
 # Warps that search the candidates of one token.
 SELECT_WARPS = 1
 
-# (rows, warps, stages, most registers) of the kernels over the readers of a leaf.
-ACROSS = False
-LEAF_TILES = {"forward": (64, 4, 3, None), "backward": (64, 4, 2, None)}
+# (rows, warps, stages, most registers) of the kernels over the readers of a leaf, and of opened nodes' children.
+READER_TILES = {
+    "leaf forward": (64, 4, 2, 160),
+    "leaf backward": (128, 8, 2, None),
+    "children": (64, 4, 2, None),
+}
 
 
-def leaf_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
-    rows, warps, stages, registers = LEAF_TILES[kernel]
+def reader_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
+    rows, warps, stages, registers = READER_TILES[kernel]
     if dtype == torch.float32:
         rows, stages = 32, 1
-    tile = tile_of(shape, dtype) | {"G": shape.group, "BM": rows, "num_warps": warps, "num_stages": stages}
-    tile["maxnreg"] = registers
-    if kernel == "backward":
-        tile["ACROSS"] = ACROSS
-    return tile
+    padded = triton.next_power_of_2(shape.group)
+    tile = tile_of(shape, dtype) | {"G": shape.group, "GP": padded, "BM": max(rows, padded)}
+    return tile | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
-# (rows, warps, stages) of the kernel over the readers of COLUMNS nodes; (warps, stages) of the one over epochs, by blocks up to
-# 64 and wider ones.
-NODE_TILE = (64, 4, 2)
+# (warps, stages) of the kernel over epochs, by blocks up to 64 and wider ones.
 EPOCH_TILE = ((4, 2), (8, 2))
-
-
-def node_tile(shape: Shape, geometry: Geometry, q: Tensor) -> dict:
-    rows, warps, stages = NODE_TILE
-    if q.dtype == torch.float32:
-        rows, stages = 32, 1
-    elif q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
-        # For sm_80 the assembler gives up on two stages: 32 registers, everything else spilled.
-        stages = 1
-    return tile_of(shape, q.dtype) | {
-        "G": shape.group, "COLUMNS": COLUMNS, "BEAM": geometry.beam, "BM": rows, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
 
 
 def epoch_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
@@ -270,127 +241,9 @@ def tokens_per_tile(group: int) -> int:
     return min(16, max(1, FAR_ROWS // triton.next_power_of_2(group)))
 
 
-class Chunk(NamedTuple):
-    """Tokens [first, first + tiles * tile) of all sequences, whose opened leaves are attended to together."""
-
-    first: int
-    tiles: int
-    tile: int
-
-    @property
-    def tokens(self) -> int:
-        return self.tiles * self.tile
-
-
-def chunks(shape: Shape, geometry: Geometry, element_size: int) -> list[Chunk]:
-    """The sequence in chunks of whole blocks whose places' results fit in CHUNK_BYTES; none where nothing is far."""
-    tile = tokens_per_tile(shape.group)
-    token = shape.batch * shape.heads * geometry.top_k * shape.width * element_size
-    size = max(1, CHUNK_BYTES // token // geometry.block) * geometry.block
-    begin = geometry.window * geometry.block
-    return [
-        Chunk(first, triton.cdiv(min(size, shape.tokens - first), tile), tile)
-        for first in range(begin, shape.tokens, size)
-    ]
-
-
-class Tables:
-    """Columns of a chunk's tiles: `united`, `sizes`, `members`, `places`, `kept` of `kernels.routing`, per level."""
-
-    def __init__(self, shape: Shape, geometry: Geometry, chunk: Chunk, device: torch.device) -> None:
-        self.shape, self.geometry, self.chunk = shape, geometry, chunk
-        above = max((0, *geometry.sizes[1:]))
-        self.most = max(1, min(chunk.tile * geometry.beam, above))
-        self.columns = self.most * geometry.radix + geometry.listed
-        lead = (geometry.levels, shape.pairs, chunk.tiles)
-        whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
-        self.united, self.members = whole(*lead, self.most), whole(*lead, self.most)
-        self.sizes, self.kept = (
-            torch.zeros(lead, dtype=torch.int32, device=device),
-            whole(*lead, self.columns),
-        )
-        self.places = torch.full((*lead, self.most, chunk.tile), -1, dtype=torch.int16, device=device)
-        self.scratch = torch.empty(*lead[1:], chunk.tile * geometry.beam, dtype=torch.int64, device=device)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.chunk.tiles, self.shape.pairs
-
-    def unite(self, routes: Routes, level: int) -> None:
-        """The columns below `level`, from what the tokens opened at it."""
-        at = level - 1
-        routing.unite[self.grid](
-            routes.opened, self.scratch, self.united[at], self.members[at], self.places[at], self.sizes[at],
-            self.shape.tokens, self.geometry.levels, level, self.chunk.first, self.most,
-            T=self.chunk.tile, BEAM=self.geometry.beam, WIDTH=self.geometry.width, num_warps=2,
-        )  # fmt: skip
-
-    def mark(self, routes: Routes) -> None:
-        """Which columns stay summaries."""
-        geometry = self.geometry
-        for level in range(geometry.levels):
-            routing.mark[self.grid](
-                routes.base_bits, routes.child_bits, self.places[level], self.sizes[level], self.kept[level],
-                self.shape.tokens, geometry.levels, level, self.chunk.first, self.most, self.columns,
-                T=self.chunk.tile, BC=128, BEAM=geometry.beam, num_warps=4, **cover_constants(geometry),
-            )  # fmt: skip
-
-    @classmethod
-    def of(cls, routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk) -> Tables:
-        tables = cls(shape, geometry, chunk, routes.opened.device)
-        for level in range(1, geometry.levels):
-            tables.unite(routes, level)
-        tables.mark(routes)
-        return tables
-
-
-def leaf_items(
-    routes: Routes, shape: Shape, geometry: Geometry, chunk: Chunk
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sorted_items` of a chunk's opened leaves; positions count in (pairs, chunk.tokens, top_k)."""
-    opened = routes.opened[:, :, chunk.first : chunk.first + chunk.tokens, 0, : geometry.top_k]
-    missing = chunk.tokens - opened.shape[2]
-    if missing:
-        opened = torch.nn.functional.pad(opened, (0, 0, 0, missing), value=-1)
-    return sorted_items(opened, geometry.sizes[0])
-
-
-def sorted_items(opened: Tensor, nodes: int, readers: int = READERS) -> tuple[Tensor, Tensor, Tensor]:
-    """Readers by node: (order, items, first item of every node), all on the device, without a synchronisation.
-
-    opened (B, K, N, places): node or -1. order: flat positions in `opened`, stably sorted by node. items (., 3) int64:
-    node numbered through all pairs (-1: no work), first and last position in `order`.
-    """
-    batch, key_heads = opened.shape[:2]
-    groups = batch * key_heads * nodes
-    pair = torch.arange(batch * key_heads, dtype=torch.int32, device=opened.device).view(
-        batch, key_heads, 1, 1
-    )
-    keys = torch.where(opened >= 0, pair * nodes + opened, groups).flatten()
-    keys, order = torch.sort(keys, stable=True)
-    border = torch.searchsorted(keys, torch.arange(groups + 1, dtype=keys.dtype, device=keys.device))
-    per_node = (border.diff() + readers - 1) // readers
-    first_item = torch.cat((border.new_zeros(1), per_node.cumsum(0)))
-    item = torch.arange(groups + opened.numel() // readers, device=keys.device)
-    node = torch.searchsorted(first_item, item, right=True) - 1
-    some = item < first_item[-1]
-    node = torch.where(some, node, 0)
-    begin = border[node] + (item - first_item[node]) * readers
-    end = torch.minimum(begin + readers, border[node + 1])
-    return order, torch.stack((torch.where(some, node, -1), begin, end), 1), first_item
-
-
 @functools.lru_cache(maxsize=64)
 def offsets_of(geometry: Geometry, device: torch.device) -> Tensor:
     return torch.tensor(geometry.offsets, dtype=torch.int32, device=device)
-
-
-def empty_routes(shape: Shape, geometry: Geometry, device: torch.device) -> Routes:
-    lead = (shape.batch, shape.key_heads, shape.tokens, geometry.levels)
-    # Tokens without a far context open nothing, and their programs write nothing.
-    opened = torch.full((*lead, geometry.width), -1, dtype=torch.int32, device=device)
-    bits = torch.zeros(lead, dtype=torch.int32, device=device)
-    return Routes(opened, bits, torch.zeros((*lead, geometry.beam), dtype=torch.int32, device=device))
 
 
 class Epochs(NamedTuple):

@@ -7,28 +7,22 @@ from torch import Tensor
 
 from longnet.attention.far_work import (
     PLACE_STAGES,
-    SELECT_WARPS,
     Geometry,
-    Leaves,
-    Routes,
-    Tables,
-    chunks,
-    cover_constants,
     cover_grid,
     cover_tile,
-    empty_routes,
     far_tile,
-    leaf_items,
-    leaf_tile,
     offsets_of,
+    place_tile,
+    reader_tile,
     rows_of,
     shape_of,
     strides,
 )
 from longnet.attention.fused import aligned
 from longnet.attention.hierarchical_gradients import backward
+from longnet.attention.opened_work import Leaves, Routes, chunks_of, route
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
-from longnet.kernels import cover, leaves, opened_forward, routing
+from longnet.kernels import cover, leaves, opened_forward
 from longnet.patterns import HierarchicalPattern
 
 
@@ -126,7 +120,7 @@ def forward(
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "forward")
     offsets = offsets_of(geometry, q.device)
-    opening = geometry.top_k > 0 and geometry.sizes[0] > 0
+    opening = geometry.top_k > 0 and shape.tokens > geometry.window * geometry.block
     counts = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads)
     sizes = (*counts, geometry.levels, scale)
     cover.cover_forward[cover_grid(shape, geometry, tile)](
@@ -137,49 +131,22 @@ def forward(
     if not opening:
         return out, lse, None, []
     summaries = (kbar, vbar, entropy, level_bias)
-    routes, kept = empty_routes(shape, geometry, q.device), []
-    for chunk in chunks(shape, geometry, q.element_size()):
-        tables = _route(q, summaries, offsets, routes, shape, geometry, chunk, scale)
-        order, items, first_item = leaf_items(routes, shape, geometry, chunk)
+    routes, kept = Routes.empty(shape, geometry, q.device), []
+    for chunk in chunks_of(q, shape, geometry):
+        tables, readers = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
         logits = torch.empty(2, *lead, device=q.device)
         if keep:
-            kept.append(Leaves(order, items, first_item, logits))
-        leaves.leaf_forward[(len(items),)](
-            q, k, v, kbar, entropy, level_bias, order, items, part, *logits,
-            *strides(q), *strides(k), *strides(v), kbar.shape[1], geometry.sizes[0], shape.key_heads, geometry.levels,
-            chunk.first, chunk.tokens, scale,
-            BLOCK=geometry.block, TOP_K=geometry.top_k, **leaf_tile(shape, q.dtype, "forward"),
+            kept.append(Leaves(*readers, logits))
+        leaves.leaf_forward[(len(readers.items),)](
+            q, k, v, readers.order, readers.items, part, logits,
+            *strides(q), *strides(k), *strides(v), geometry.sizes[0], shape.key_heads, chunk.first, chunk.tokens, scale,
+            BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, q.dtype, "leaf forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, router_mix, offsets, routes.opened, tables.united, tables.sizes, tables.kept, part, *logits,
-            out, lse, *strides(q), *sizes, chunk.first, tables.most, tables.columns,
-            TOP_K=geometry.top_k, WIDTH=geometry.width, STAGES=PLACE_STAGES, **far_tile(shape, geometry, q.dtype, "attend"),
+            q, *summaries, router_mix, routes.opened, *tables.lists, part, logits, out, lse,
+            *strides(q), *sizes, chunk.first, tables.columns,
+            STAGES=PLACE_STAGES, **place_tile(geometry, chunk.tile), **far_tile(shape, q.dtype, "attend"),
         )  # fmt: skip
     return out, lse, routes, kept
-
-
-def _route(q, summaries, offsets, routes, shape, geometry, chunk, scale) -> Tables:
-    """Open nodes for the tokens of a chunk, from the coarsest level down."""
-    kbar, _, entropy, _ = summaries
-    tables = Tables(shape, geometry, chunk, q.device)
-    budget = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
-    for level in range(geometry.levels - 1, -1, -1):
-        parents = geometry.parents(level)
-        places = parents * geometry.radix + geometry.listed
-        scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
-        table = (tables.united[level], tables.members[level], tables.places[level], tables.sizes[level])
-        routing.score[tables.grid](
-            q, kbar, entropy, offsets, routes.opened, *table, scores, *strides(q), shape.tokens, kbar.shape[1],
-            shape.key_heads, geometry.levels, level, scale, chunk.first, tables.most, places,
-            **budget, **far_tile(shape, geometry, q.dtype, "score"),
-        )  # fmt: skip
-        routing.select[(chunk.tokens, shape.pairs)](
-            scores, *routes, shape.tokens, geometry.levels, level, chunk.first, places,
-            PARENTS=parents, LISTED=geometry.listed, num_warps=SELECT_WARPS, **budget, **cover_constants(geometry),
-        )  # fmt: skip
-        if level:
-            tables.unite(routes, level)
-    tables.mark(routes)
-    return tables

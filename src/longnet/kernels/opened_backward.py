@@ -11,22 +11,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.kernels.cover import list_of_level
-from longnet.kernels.routing import column_nodes, count_places, load_rows
+from longnet.kernels.readers import level_of
+from longnet.kernels.routing import count_places, load_rows, places_of, read_columns
 
 
 @triton.jit
 def far_dq(
-    q, kbar, vbar, entropy, level_bias, offsets, opened, united, sizes, kept, part, part_dscore, part_dmix,
-    dout, lse, delta, dq, dbias, dmix,
-    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, most, columns,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
-    PREC: tl.constexpr,
+    q, kbar, vbar, level_bias, opened, rows, records, totals, part, slopes,
+    dout, lse, delta, dq, dparameters, rises, rise_sums,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, columns,
+    first_tile, all_tiles,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
+    TOP_K: tl.constexpr, PLACES: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    ADD: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq of the far queries, per query dbias (B, N, H, levels) and dmix (B, N, H): the summaries' share, and the sum of the
-    places' (part, part_dscore, part_dmix: dq, dsbar and dbeta of `leaves.leaf_backward`). ADD: to what dq holds."""
+    """dq of the far queries, and per tile dparameters (pairs, all_tiles, levels + 1, G), of the level biases and the mix: the
+    summaries' share, and the sum of the places' (part, slopes of `leaves.leaf_backward`). ADD: to what dq holds.
+
+    Of every place also what its leaf's summary gets, rises (pairs, tiles T, TOP_K, D) and without D rise_sums: products over
+    AT_ONCE tokens with PLACES places each, of which every row has its own token's.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -35,7 +39,6 @@ def far_dq(
     b = pair // num_key_heads
     kh = pair % num_key_heads
     t0 = first_token + tl.program_id(0) * T
-    first = tl.maximum(0, t0 // BLOCK - WINDOW + 1)
     row = tl.arange(0, T * GP)
     t_row = row // GP
     g = row % GP
@@ -43,170 +46,145 @@ def far_dq(
     head = kh * G + g
     ok = (g < G) & (token < num_tokens)
     d = tl.arange(0, BD)
-    row_ok = ok[:, None] & (d < D)[None, :]
-    at_scalar = (b * num_tokens + token) * num_heads + head
-    at_out = at_scalar[:, None] * D + d[None, :]
-    if first > 0:
-        acc = tl.zeros((T * GP, BD), tl.float32)
-        qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-        do = tl.load(dout + at_out, row_ok, 0.0)
-        at_lse = (b * num_heads + head) * num_tokens + token
-        lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
-        dl = tl.load(delta + at_lse, ok, 0.0)
-        # After the last level, level 0, they are its sums.
+    d_ok = (d < D)[None, :]
+    row_ok = ok[:, None] & d_ok
+    mask = (1 << t_row)[:, None]
+    at_row = (b * num_tokens + token) * num_heads + head
+    at_out = at_row[:, None] * D + d[None, :]
+    one = tl.arange(0, GP)
+    to = dparameters + ((pair * all_tiles + first_tile + tl.program_id(0)) * (levels + 1)) * G + one
+    acc = tl.zeros((T * GP, BD), tl.float32)
+    qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
+    do = tl.load(dout + at_out, row_ok, 0.0)
+    lse2 = tl.load(lse + at_row, ok, float("inf")) * LOG2E
+    dl = tl.load(delta + at_row, ok, 0.0)
+    # After the last level, level 0, they are its sums.
+    sums = tl.zeros((T * GP,), tl.float32)
+    for step in range(levels):
+        level = levels - 1 - step
+        bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
+        table = tile + level * tables
         sums = tl.zeros((T * GP,), tl.float32)
-        for step in range(levels):
-            level = levels - 1 - step
-            lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
-            first_row = b * num_nodes + tl.load(offsets + level)
-            kbar_base = kbar + (first_row * num_key_heads + kh) * D
-            vbar_base = vbar + (first_row * num_key_heads + kh) * D
-            entropy_base = entropy + first_row * num_key_heads + kh
-            bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
-            table = tile + level * tables
-            union_size = tl.load(sizes + table, level < levels - 1, 0)
-            size = union_size * RADIX + hi - lo
-            sums = tl.zeros((T * GP,), tl.float32)
-            for begin in tl.range(0, size, BC):
-                c = begin + tl.arange(0, BC)
-                node = column_nodes(c, union_size, lo, united + table * most, RADIX)
-                bits = tl.load(kept + table * columns + c, c < size, 0)
-                kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
-                vt = load_rows(vbar_base, node, c < size, num_key_heads * D, d, D)
-                h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
-                s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
-                    h[None, :] + bias[:, None]
-                )
-                p = tl.where(((bits[None, :] >> t_row[:, None]) & 1) != 0, tl.exp2(s), 0.0)
-                ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
-                acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-                sums += tl.sum(ds, 1)
-            tl.store(dbias + at_scalar * levels + level, sums, ok)
-        acc = acc * scale
-        places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
-        dbias_sum = sums
-        dmix_sum = tl.zeros((T * GP,), tl.float32)
-        for n in tl.range(0, places, num_stages=STAGES):
-            place = ((tile * T + t_row) * TOP_K + n) * G + g
-            acc += tl.load(part + place[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
-            dbias_sum += tl.load(part_dscore + place, ok, 0.0)
-            dmix_sum += tl.load(part_dmix + place, ok, 0.0)
-        if ADD:
-            acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
-        tl.store(dbias + at_scalar * levels, dbias_sum, ok)
-        tl.store(dmix + at_scalar, dmix_sum, ok)
-        tl.store(dq + at_out, acc.to(dq.dtype.element_ty), row_ok)
+        for begin in tl.range(0, tl.load(totals + table), BC):
+            node, h, bits = read_columns(rows, records, table * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], d_ok, 0.0)
+            vt = tl.load(vbar + node[:, None] * D + d[None, :], d_ok, 0.0)
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + (
+                h[None, :] + bias[:, None]
+            )
+            p = tl.where((bits[None, :] & mask) != 0, tl.exp2(s), 0.0)
+            ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
+            acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+            sums += tl.sum(ds, 1)
+        if level > 0:
+            tl.store(to + level * G, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
+    kbar_base = kbar + (b * num_nodes * num_key_heads + kh) * D
+    for t_first in tl.static_range(0, T, AT_ONCE):
+        leaf, place, t, there = places_of(
+            opened + pair * num_tokens * levels * WIDTH, tile * T, t0, t_first, num_tokens, levels,
+            T=AT_ONCE, TOP_K=TOP_K, PLACES=PLACES, WIDTH=WIDTH,
+        )  # fmt: skip
+        mine = (t_row[:, None] == t[None, :]) & there[None, :] & (g < G)[:, None]
+        ds = tl.load(slopes + place[None, :] * G + g[:, None], mine, 0.0)
+        sums += tl.sum(ds, 1)
+        kt = load_rows(kbar_base, leaf, there, num_key_heads * D, d, D)
+        acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+        rise = tl.dot(tl.trans(qt), ds.to(qt.dtype), input_precision=PREC) * scale
+        rise_ok = there[:, None] & d_ok
+        to_rise = rises + place.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(to_rise, tl.trans(rise).to(rises.dtype.element_ty), rise_ok)
+        tl.store(rise_sums + place, tl.sum(ds, 0), there)
+    acc = acc * scale
+    apart = tables.to(tl.int64) * T * TOP_K * G
+    places = count_places(opened + (pair * num_tokens + t0) * levels * WIDTH, TOP_K)
+    mix_sums = tl.zeros((T * GP,), tl.float32)
+    for n in tl.range(0, places, num_stages=STAGES):
+        at = ((tile.to(tl.int32) * T + t_row) * TOP_K + n) * G + g
+        acc += tl.load(part + at.to(tl.int64)[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
+        mix_sums += tl.load(slopes + apart + at, ok, 0.0)
+    if ADD:
+        acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
+    tl.store(to, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
+    tl.store(to + levels * G, tl.sum(tl.reshape(mix_sums, (T, GP)), 0), one < G)
+    tl.store(dq + at_out, acc.to(dq.dtype.element_ty), row_ok)
 
 
 @triton.jit
-def gather_children(
-    opened, child_bits, families, words, entries, levels, level,
-    COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+def children_dkv(
+    q, kbar, vbar, entropy, level_bias, offsets, family_offsets, words, order, items, dout, lse, delta, partial,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, num_pairs, families, entries, scale,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr,
+    WORDS: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Readers of the nodes of a level, COLUMNS of them (a family) at a time: of every entry (pair, token, place) the family of
-    the node opened there one level up, -1 where an earlier entry of the token has the same, and a word: bit c, the token
-    sees child c of the family and did not open it."""
-    entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    slot = entry // BEAM * levels + level
-    place = entry % BEAM
-    ok = entry < entries
-    above = opened + (slot + 1) * WIDTH + place
-    parents: tl.constexpr = COLUMNS // RADIX
-    node = tl.load(above, ok, -1)
-    before = tl.load(above - 1, ok & (place > 0), -1)
-    family = node // parents
-    first = (node >= 0) & ((before < 0) | (before // parents != family))
-    word = tl.zeros((BM,), tl.int64)
-    for i in tl.static_range(parents):
-        there = ok & (place + i < BEAM)
-        sibling = tl.load(above + i, there, -1)
-        there = there & (sibling >= 0) & (sibling // parents == family)
-        kept = ~tl.load(child_bits + slot * BEAM + place + i, there, -1).to(tl.int64) & ((1 << RADIX) - 1)
-        word |= tl.where(there, kept << (tl.where(there, sibling, 0) % parents * RADIX), 0)
-    tl.store(families + entry, tl.where(first, family, -1), ok)
-    tl.store(words + entry, word, ok)
+    """Per work item, the gradients of the COLUMNS nodes of a family over readers that opened a parent: partial (items, COLUMNS,
+    2 D + 1).
 
-
-@triton.jit
-def node_dkv(
-    q, kbar, vbar, entropy, level_bias, offsets, words, readers, items, dout, lse, delta, partial,
-    sqb, sqn, sqh,
-    num_tokens, num_nodes, num_heads, num_key_heads, levels, level, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr, BM: tl.constexpr,
-    PREC: tl.constexpr,
-):  # fmt: skip
-    """Per work item, the gradients of COLUMNS neighbouring summaries over some readers: partial (items, COLUMNS, 2 D + 1).
-
-    items (., 4) int64: pair of sequence and key head (-1: none), number of the family, first and last reader. The readers are
-    entries of `gather_children`, in the order of `readers`.
+    items (., 3), order: `readers.list_items` of the entries of `readers.gather_children`. words (levels - 1, entries, WORDS).
     """
     LOG2E: tl.constexpr = 1.4426950408889634
+    READERS: tl.constexpr = BM // GP
     item = tl.program_id(0).to(tl.int64)
-    pair = tl.load(items + item * 4)
-    if pair >= 0:
-        family = tl.load(items + item * 4 + 1)
-        begin = tl.load(items + item * 4 + 2)
-        count = (tl.load(items + item * 4 + 3) - begin).to(tl.int32) * G
+    group = tl.load(items + item * 3)
+    if group >= 0:
+        begin = tl.load(items + item * 3 + 1)
+        count = (tl.load(items + item * 3 + 2) - begin).to(tl.int32)
+        pair = group // families % num_pairs
+        family = (group % families).to(tl.int32)
+        level = level_of(family, family_offsets, levels)
         b = pair // num_key_heads
         kh = pair % num_key_heads
         d = tl.arange(0, BD)
         c = tl.arange(0, COLUMNS)
+        row = tl.arange(0, BM)
+        g = row % GP
+        reader = row // GP
+        order += begin
+        # Entries count from the pair's first one of the level on.
+        ahead = level.to(tl.int64) * entries + pair * num_tokens * BEAM
+        words += ahead * WORDS
+        entry = (tl.load(order + reader, reader < count, ahead) - ahead).to(tl.int32)
         first_node = tl.load(offsets + level)
-        node = (family * COLUMNS).to(tl.int32) + c
+        node = (family - tl.load(family_offsets + level)) * COLUMNS + c
         c_ok = node < tl.load(offsets + level + 1) - first_node
         node_row = (b * num_nodes + first_node + node) * num_key_heads + kh
         kt = load_rows(kbar, node_row, c_ok, D, d, D)
         vt = load_rows(vbar, node_row, c_ok, D, d, D)
+        # Nodes beyond the level: exp2(-inf) is 0. Rows beyond the readers: their word is 0.
         h = tl.load(entropy + node_row, c_ok, float("-inf")) * LOG2E
-        dk = tl.zeros((COLUMNS, BD), tl.float32)
-        dv = tl.zeros((COLUMNS, BD), tl.float32)
+        head = kh * G + g
+        bias = tl.load(level_bias + head * levels + level, g < G, 0.0) * LOG2E
+        q += b * sqb + kh * G * sqh
+        at_pair = b * num_tokens * num_heads + kh * G
+        dk = tl.zeros((BD, COLUMNS), tl.float32)
+        dv = tl.zeros((BD, COLUMNS), tl.float32)
         dh = tl.zeros((COLUMNS,), tl.float32)
-        row = tl.arange(0, BM)
-        for r0 in tl.range(0, count, BM):
-            ok = r0 + row < count
-            at_reader = begin + (r0 + row) // G
-            # Nodes are the rows of the products: their gradients take P and dS from registers.
-            entry = tl.load(readers + at_reader, ok, 0)
-            token = entry // BEAM - pair * num_tokens
-            word = tl.load(words + entry, ok, 0)
-            low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
-            word = tl.where((c < 32)[:, None], low[None, :], high[None, :])
-            keep = ((word >> (c & 31)[:, None]) & 1) != 0
-            head = kh * G + (r0 + row) % G
+        for r0 in tl.range(0, count, READERS):
+            ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & (d < D)[None, :]
-            qt = tl.load(q + b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :], row_ok, 0.0)
-            at_out = ((b * num_tokens + token) * num_heads + head)[:, None] * D + d[None, :]
-            do = tl.load(dout + at_out, row_ok, 0.0)
-            at_lse = (b * num_heads + head) * num_tokens + token
-            # Rows beyond the readers, and nodes beyond the level: exp2(-inf) is 0.
-            lse2 = tl.load(lse + at_lse, ok, float("inf")) * LOG2E
-            dl = tl.load(delta + at_lse, ok, 0.0)
-            bias = tl.load(level_bias + head * levels + level, ok, 0.0) * LOG2E - lse2
-            s = tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E) + (
-                h[:, None] + bias[None, :]
-            )
-            p = tl.where(keep, tl.exp2(s), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
-            ds = p * (tl.dot(vt, tl.trans(do), input_precision=PREC) - dl[None, :])
-            dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PREC)
-            dh += tl.sum(ds, 1)
+            token = (entry // BEAM).to(tl.int64)
+            qt = tl.load(q + (token * sqn + g * sqh)[:, None] + d[None, :], row_ok, 0.0)
+            at = at_pair + token * num_heads + g
+            do = tl.load(dout + at[:, None] * D + d[None, :], row_ok, 0.0)
+            lse2 = tl.load(lse + at, ok, 0.0) * LOG2E
+            dl = tl.load(delta + at, ok, 0.0)
+            word = tl.load(words + entry * WORDS, ok, 0)
+            if WORDS == 2:
+                word = tl.where(
+                    (c < 32)[None, :], word[:, None], tl.load(words + entry * 2 + 1, ok, 0)[:, None]
+                )
+            else:
+                word = word[:, None]
+            beyond = r0 + READERS + reader
+            entry = (tl.load(order + beyond, beyond < count, ahead) - ahead).to(tl.int32)
+            keep = ((word >> (c & 31)[None, :]) & 1) != 0
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E)
+            p = tl.where(keep, tl.exp2(s + (h[None, :] + (bias - lse2)[:, None])), 0.0)
+            dv = tl.dot(tl.trans(do), p.to(do.dtype), dv, input_precision=PREC)
+            ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
+            dk = tl.dot(tl.trans(qt), ds.to(qt.dtype), dk, input_precision=PREC)
+            dh += tl.sum(ds, 0)
         at = partial + (item * COLUMNS + c)[:, None] * (2 * D + 1) + d[None, :]
         mask = (d < D)[None, :] & (c >= 0)[:, None]
-        tl.store(at, dk * scale, mask)
-        tl.store(at + D, dv, mask)
+        tl.store(at, tl.trans(dk) * scale, mask)
+        tl.store(at + D, tl.trans(dv), mask)
         tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
-
-
-@triton.jit
-def sum_items(partial, first_item, out, width, BW: tl.constexpr, ADD: tl.constexpr):
-    """out[group] = or += the sum of partial[first_item[group] : first_item[group + 1]], in that order; no atomics."""
-    group = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BW + tl.arange(0, BW)
-    begin = tl.load(first_item + group)
-    end = tl.load(first_item + group + 1)
-    total = tl.zeros((BW,), tl.float32)
-    if ADD:
-        total = tl.load(out + group * width + at, at < width, 0.0)
-    for item in range(begin, end):
-        total += tl.load(partial + item * width + at, at < width, 0.0)
-    tl.store(out + group * width + at, total, at < width)

@@ -39,6 +39,21 @@ def count_places(opened, TOP_K: tl.constexpr):
 
 
 @triton.jit
+def places_of(
+    opened, first_tile_token, t0, t_first, num_tokens, levels,
+    T: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The places of tokens t0 + t_first .. of a tile, T of them with PLACES columns each: the leaf opened there, the place's
+    number in (pairs, tiles, tile, TOP_K), the token's in the tile, and whether there is one."""
+    c = tl.arange(0, T * PLACES)
+    t = t_first + c // PLACES
+    n = c % PLACES
+    there = (n < TOP_K) & (t0 + t < num_tokens)
+    leaf = tl.load(opened + (t0 + t).to(tl.int64) * levels * WIDTH + n, there, -1)
+    return leaf, (first_tile_token.to(tl.int32) + t) * TOP_K + n, t, leaf >= 0
+
+
+@triton.jit
 def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
     """Node number of column c."""
     is_child = c < union_size * RADIX
@@ -48,32 +63,40 @@ def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
 
 @triton.jit
 def unite(
-    opened, scratch, united, members, places, sizes, num_tokens, levels, level, first_token, most,
+    opened, scratch, united, members, places, sizes, num_tokens, levels, first_level, first_token, most,
     T: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The nodes of a level that any token of a tile opened.
+    """The nodes of a level, first_level + z, that any token of a tile opened: the columns of the level below it.
 
-    united (pairs, tiles, most) int32, ascending; sizes (pairs, tiles) int32; members (pairs, tiles, most) int32: bit t, token t
-    opened it; places (pairs, tiles, most, T) int16, -1 filled: at which place. scratch (pairs, tiles, T BEAM) int64.
+    Tables of the level below, one level after the other: united (pairs, tiles, most) int32, ascending; sizes (pairs, tiles)
+    int32; members (pairs, tiles, most) int32: bit t, token t opened it; places (pairs, tiles, most, T) int16, -1 where it did
+    not: at which place. scratch (., pairs, tiles, T BEAM) int64.
     """
     E: tl.constexpr = T * BEAM
     NOTHING: tl.constexpr = 1 << 60
     pair = tl.program_id(1).to(tl.int64)
+    level = first_level + tl.program_id(2)
+    tables = tl.num_programs(0) * tl.num_programs(1)
     tile = pair * tl.num_programs(0) + tl.program_id(0)
+    scratch += (tl.program_id(2) * tables + tile) * E
+    tile += (level - 1) * tables
     e = tl.arange(0, E)
     token = first_token + tl.program_id(0) * T + e // BEAM
     at = ((pair * num_tokens + token) * levels + level) * WIDTH + e % BEAM
     node = tl.load(opened + at, token < num_tokens, -1).to(tl.int64)
     key = tl.sort(tl.where(node >= 0, node * E + e, NOTHING))
-    tl.store(scratch + tile * E + e, key)
+    tl.store(scratch + e, key)
     tl.debug_barrier()
-    before = tl.load(scratch + tile * E + e - 1, e > 0, NOTHING)
+    before = tl.load(scratch + e - 1, e > 0, NOTHING)
     some = key < NOTHING
     new = some & (before // E != key // E)
     u = tl.cumsum(new.to(tl.int32), 0) - 1
     size = tl.sum(new.to(tl.int32), 0)
     tl.store(united + tile * most + u, (key // E).to(tl.int32), new)
     tl.store(sizes + tile, size)
+    for t in tl.static_range(T):
+        tl.store(places + (tile * most + e) * T + t, -1, e < size)
+    tl.debug_barrier()
     entry = (key % E).to(tl.int32)
     tl.store(places + (tile * most + u) * T + entry // BEAM, (entry % BEAM).to(tl.int16), some)
     tl.debug_barrier()
@@ -86,36 +109,69 @@ def unite(
 
 @triton.jit
 def mark(
-    base_bits, child_bits, places, sizes, kept, num_tokens, levels, level, first_token, most, columns,
+    base_bits, child_bits, united, members, places, sizes, offsets, entropy, rows, records, totals,
+    num_tokens, num_nodes, num_key_heads, levels, first_level, first_token, most, columns,
     BLOCK: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
-    GUARD: tl.constexpr, BEAM: tl.constexpr,
+    GUARD: tl.constexpr, BEAM: tl.constexpr, PAD: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """kept (pairs, tiles, columns) int32, bit t: token t of the tile sees this column of the level and did not open it."""
+    """The columns of level first_level + z, as the kernels over tiles read them, PAD at a time.
+
+    rows (levels, pairs, tiles, columns) int32: the row of a column's summary. records alike, int64: above, its entropy (log2)
+    as fp32; below, bit t: token t of the tile sees it and, if KEPT, did not open it. totals (levels, pairs, tiles): columns.
+    """
     pair = tl.program_id(1).to(tl.int64)
-    tile = pair * tl.num_programs(0) + tl.program_id(0)
+    level = first_level + tl.program_id(2)
+    tile = (level * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
+    b = pair // num_key_heads
     t0 = first_token + tl.program_id(0) * T
     lo, hi = list_of_level(tl.maximum(0, t0 // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
     union_size = tl.load(sizes + tile, level < levels - 1, 0)
     size = union_size * RADIX + hi - lo
+    tl.store(totals + tile, size)
+    first_row = b * num_nodes + tl.load(offsets + level)
     for begin in range(0, size, BC):
         c = begin + tl.arange(0, BC)
+        node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
+        row = ((first_row + node) * num_key_heads + pair % num_key_heads).to(tl.int32)
+        row = tl.where(c < size, row, 0)
+        h = tl.load(entropy + row) * 1.4426950408889634
         is_child = c < union_size * RADIX
-        listed = tl.where(is_child, 0, c - union_size * RADIX) & 31
-        bits = tl.zeros((BC,), tl.int32)
-        for t in tl.static_range(T):
-            inside = t0 + t < num_tokens
-            slot = (pair * num_tokens + t0 + t) * levels + level
-            place = tl.load(places + (tile * most + c // RADIX) * T + t, is_child & inside, -1).to(tl.int32)
-            word = tl.load(child_bits + slot * BEAM + place, place >= 0, -1)
-            word = tl.where(is_child, word >> (c % RADIX), tl.load(base_bits + slot, inside, -1) >> listed)
-            bits |= (1 - (word & 1)) << t
-        tl.store(kept + tile * columns + c, bits, c < size)
+        if KEPT:
+            listed = tl.where(is_child, 0, c - union_size * RADIX) & 31
+            bits = tl.zeros((BC,), tl.int32)
+            for t in tl.static_range(T):
+                inside = t0 + t < num_tokens
+                slot = (pair * num_tokens + t0 + t) * levels + level
+                place = tl.load(places + (tile * most + c // RADIX) * T + t, is_child & inside, -1).to(
+                    tl.int32
+                )
+                word = tl.load(child_bits + slot * BEAM + place, place >= 0, -1)
+                word = tl.where(
+                    is_child, word >> (c % RADIX), tl.load(base_bits + slot, inside, -1) >> listed
+                )
+                bits |= (1 - (word & 1)) << t
+        else:
+            bits = tl.where(is_child, tl.load(members + tile * most + c // RADIX, is_child, 0), -1)
+        bits = tl.where(c < size, bits, 0)
+        record = (h.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
+        ok = c < (size + PAD - 1) // PAD * PAD
+        tl.store(rows + tile * columns + c, row, ok)
+        tl.store(records + tile * columns + c, record, ok)
+
+
+@triton.jit
+def read_columns(rows, records, at, BC: tl.constexpr):
+    """Of the columns from `at` on: their summaries' rows, entropies (log2), and bits."""
+    c = at + tl.arange(0, BC)
+    record = tl.load(records + c)
+    h = (record >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(rows + c).to(tl.int64), h, record.to(tl.int32)
 
 
 @triton.jit
 def score(
-    q, kbar, entropy, offsets, opened, united, members, places, sizes, scores,
-    sqb, sqn, sqh, num_tokens, num_nodes, num_key_heads, levels, level, scale, first_token, most, width,
+    q, kbar, opened, places, sizes, rows, records, scores,
+    sqb, sqn, sqh, num_tokens, num_key_heads, levels, level, scale, first_token, most, columns, width,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
@@ -128,6 +184,8 @@ def score(
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tile = pair * tl.num_programs(0) + tl.program_id(0)
+    scores += tile * T * width
+    tile += level * tl.num_programs(0) * tl.num_programs(1)
     b = pair // num_key_heads
     kh = pair % num_key_heads
     t0 = first_token + tl.program_id(0) * T
@@ -145,37 +203,29 @@ def score(
         qt = tl.load(q + at_q, row_ok[:, None] & (d < D)[None, :], 0.0)
         union_size = tl.load(sizes + tile, level < levels - 1, 0)
         size = union_size * RADIX + hi - lo
-        first_row = b * num_nodes + tl.load(offsets + level)
-        kbar_base = kbar + (first_row * num_key_heads + kh) * D
-        entropy_base = entropy + first_row * num_key_heads + kh
+        mask = (1 << (row // GP))[:, None]
         # Finite: a row may see nothing of the first columns.
         top = tl.full((T * GP,), -1e30, tl.float32)
         mass = tl.zeros((T * GP,), tl.float32)
         for begin in tl.range(0, size, BC):
-            c = begin + tl.arange(0, BC)
-            node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
-            is_child = c < union_size * RADIX
-            bits = tl.load(members + tile * most + c // RADIX, is_child, 0)
-            bits = tl.where(is_child, bits, tl.where(c < size, -1, 0))
-            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
-            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+            node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
-            s = tl.where(((bits[None, :] >> (row // GP)[:, None]) & 1) != 0, s, float("-inf"))
+            s = tl.where((bits[None, :] & mask) != 0, s, float("-inf"))
             new = tl.maximum(top, tl.max(s, 1))
             mass = mass * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
             top = new
         share = tl.where(row_ok & (mass > 0), 1.0 / (tl.where(mass > 0, mass, 1.0) * G), 0.0)
         t = tl.arange(0, T)
-        to = scores + (tile * T + t)[:, None] * width
+        to = scores + t[:, None] * width
         for begin in tl.range(0, size, BC):
-            c = begin + tl.arange(0, BC)
-            is_child = c < union_size * RADIX
-            node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
-            kt = load_rows(kbar_base, node, c < size, num_key_heads * D, d, D)
-            h = tl.load(entropy_base + node * num_key_heads, c < size, 0.0) * LOG2E
+            node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
             p = tl.exp2(tl.minimum(s - top[:, None], 0.0)) * share[:, None]
             p = tl.sum(tl.reshape(p, (T, GP, BC)), 1)
+            c = begin + tl.arange(0, BC)
+            is_child = c < union_size * RADIX
             place = tl.load(
                 places + (tile * most + c // RADIX)[None, :] * T + t[:, None], is_child[None, :], 0
             ).to(tl.int32)
@@ -189,20 +239,29 @@ def score(
 
 @triton.jit
 def select(
-    scores, opened, base_bits, child_bits, num_tokens, levels, level, first_token, width,
+    scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, num_leaves, width,
     BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     PARENTS: tl.constexpr, LISTED: tl.constexpr, TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
 ):  # fmt: skip
     """Which of its candidates of a level every token opens: the best scores, of equal ones the first.
 
-    PARENTS, LISTED: powers of two that no token's opened parents and listed nodes exceed. opened (B, K, N, levels, WIDTH)
-    int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the c-th listed node is opened;
+    PARENTS, LISTED, PLACES: powers of two that no token's opened parents, listed nodes and WIDTH exceed. opened (B, K, N, levels,
+    WIDTH) int32, ascending node numbers, -1 filled; base_bits (B, K, N, levels) int32, bit c: the c-th listed node is opened;
     child_bits (B, K, N, levels, BEAM) int32, bit c of entry e at level l: child c of the e-th node opened at l + 1 is opened.
+    leaves (pairs, tokens of the chunk, TOP_K) int32, at level 0: the opened leaf numbered through all pairs, or their number
+    where there is none.
     """
     token = first_token + tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     first = tl.maximum(0, token // BLOCK - WINDOW + 1)
-    if (first > 0) & (token < num_tokens):
+    mine = pair * tl.num_programs(0) + tl.program_id(0)
+    leaves += mine * TOP_K
+    nothing = num_leaves * tl.num_programs(1)
+    place = tl.arange(0, PLACES)
+    if token >= num_tokens:
+        tl.store(leaves + place, nothing, (place < TOP_K) & (level == 0))
+    else:
         slot = (pair * num_tokens + token) * levels
         lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
         above = opened + (slot + tl.minimum(level + 1, levels - 1)) * WIDTH
@@ -215,10 +274,10 @@ def select(
         count = tl.where(level == 0, TOP_K, BEAM)
         search = total > count
         # The scores are at least 0, so their bits order like integers.
-        mine = scores + (pair * tl.num_programs(0) + tl.program_id(0)) * width
-        of_child = tl.load(mine + child, is_child & search, 0.0).to(tl.int32, bitcast=True)
+        scores += mine * width
+        of_child = tl.load(scores + child, is_child & search, 0.0).to(tl.int32, bitcast=True)
         of_child = tl.where(is_child, of_child, -1)
-        of_listed = tl.load(mine + parents * RADIX + listed, is_listed & search, 0.0).to(
+        of_listed = tl.load(scores + parents * RADIX + listed, is_listed & search, 0.0).to(
             tl.int32, bitcast=True
         )
         of_listed = tl.where(is_listed, of_listed, -1)
@@ -243,11 +302,20 @@ def select(
         takes_listed = (of_listed > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
         takes_listed = tl.where(search, takes_listed, is_listed)
         parent = tl.load(above + child // RADIX, takes_child, 0)
+        child_node = parent * RADIX + child % RADIX
         to = opened + (slot + level) * WIDTH
-        place = tl.cumsum(takes_child.to(tl.int32), 0) - 1
-        tl.store(to + place, parent * RADIX + child % RADIX, takes_child)
-        place = tl.sum(takes_child.to(tl.int32), 0) + tl.cumsum(takes_listed.to(tl.int32), 0) - 1
-        tl.store(to + place, lo + listed, takes_listed)
+        at_child = tl.cumsum(takes_child.to(tl.int32), 0) - 1
+        children = tl.sum(takes_child.to(tl.int32), 0)
+        at_listed = children + tl.cumsum(takes_listed.to(tl.int32), 0) - 1
+        taken = children + tl.sum(takes_listed.to(tl.int32), 0)
+        tl.store(to + at_child, child_node, takes_child)
+        tl.store(to + at_listed, lo + listed, takes_listed)
+        tl.store(to + place, -1, (place >= taken) & (place < WIDTH))
+        if level == 0:
+            number = tl.program_id(1) * num_leaves
+            tl.store(leaves + at_child, number + child_node, takes_child)
+            tl.store(leaves + at_listed, number + lo + listed, takes_listed)
+            tl.store(leaves + place, nothing, (place >= taken) & (place < TOP_K))
         tl.store(base_bits + slot + level, tl.sum(takes_listed.to(tl.int32) << listed, 0))
         words = tl.sum(tl.reshape(takes_child.to(tl.int32) << (child % RADIX), (PARENTS, RADIX)), 1)
         entry = tl.arange(0, PARENTS)
