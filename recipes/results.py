@@ -87,12 +87,16 @@ def cell(values: Sequence[float], sign: str = "") -> str:
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds, and their steps: on a busier machine the same seconds are fewer."""
     keys = [key for key in COLUMNS if any(key in run for runs in rows.values() for run in runs)]
-    headings = ["model", *(COLUMNS[key][0] for key in keys), "seeds"]
+    trained = any("steps" in run for runs in rows.values() for run in runs)
+    headings = ["model", *(COLUMNS[key][0] for key in keys), *["steps, seed by seed"][:trained], "seeds"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name, runs in rows.items():
         cells = [cell([COLUMNS[key][1] * run[key] for run in runs if key in run]) for key in keys]
+        if trained:
+            steps = sorted((run["seed"], run["steps"]) for run in runs if "steps" in run)
+            cells.append(", ".join(str(n) for _, n in steps))
         lines.append(f"| {name} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines)
 

@@ -47,6 +47,18 @@ def test_tables_say_what_the_runs_say(tmp_path):
     assert f"| {results.WHOLE} | 60.0 ± 0.0 | 2 |" in results.report(results.load(output))
 
 
+def test_tables_show_how_many_steps_the_time_of_each_seed_was(tmp_path):
+    results = load("results")
+    output = tmp_path / "r.json"
+    results.record(output, "T", "counting", run(None, 0.2, (0.2, 0.2)))
+    for seed, steps in ((2, 195), (0, 35)):
+        results.record(output, "T", results.WHOLE, run(seed, 0.5, (0.5, 0.5), bytes=None, steps=steps))
+    text = results.report(results.load(output))
+    assert "| model | F1 | steps, seed by seed | seeds |\n|---|---|---|---|\n" in text
+    assert "| counting | 20.0 |  | 1 |" in text
+    assert f"| {results.WHOLE} | 50.0 ± 0.0 | 35, 195 | 2 |" in text
+
+
 def _record_many(output, seed):
     for row in range(25):
         load("results").record(output, "T", f"row {row}", run(seed, 0.5, (0.5, 0.5)))
