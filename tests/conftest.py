@@ -65,17 +65,28 @@ def recipes(monkeypatch):
     return folder
 
 
-def assert_within_budget(name, actual, exact, peer, branches=0):
-    """err(actual) <= 2 err(peer) + one rounding; `peer` is the same formula in the input dtype, `exact` in fp64.
+def assert_attention_within_budget(actual, exact, peer, branches):
+    """`assert_within_budget` of (out, lse, dq, dk, dv) of a mixture of `branches`.
+
+    Where inputs are fp32, as the statistics are, nothing is more precise than the result: each branch adds two roundings, of its
+    products and of the sum, and gradients make p again from the lse that was stored, whose rounding, half an ulp of |lse|, is
+    a relative error of all of a row's p.
+    """
+    lse = exact[1][torch.isfinite(exact[1])].abs()
+    remade = float(lse.max()) / 2 if len(lse) else 0.0
+    for name, a, e, p in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, peer, strict=True):
+        more = 0 if name == "lse" else 2 * branches + remade * name.startswith("d")
+        assert_within_budget(name, a, e, p, more * (actual[0].dtype == torch.float32))
+
+
+def assert_within_budget(name, actual, exact, peer, more=0.0):
+    """err(actual) <= 2 err(peer) + one rounding and `more`; `peer` is the same formula in the input dtype, `exact` in fp64.
 
     The rounding is that of the largest exact value or of 1, the scale of the inputs: a gradient that is 0 in exact
-    arithmetic is a difference of such numbers. Where inputs are fp32, as the statistics are, nothing is more precise than
-    the result, and each of `branches` that are joined adds two roundings: of its products and of its sum.
-    fp64 has no more exact judge than itself and gets 1e-12.
+    arithmetic is a difference of such numbers. fp64 has no more exact judge than itself and gets 1e-12.
     """
-    roundings = 1 + 2 * branches * (actual.dtype == torch.float32)
     error, base, rounding = errors(name, actual, exact, peer)
-    allowed = 2 * base + roundings * rounding
+    allowed = 2 * base + (1 + more) * rounding
     assert error <= allowed, f"{name}: error {error:.3e} exceeds the budget {allowed:.3e}"
 
 
