@@ -5,8 +5,11 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet import HierarchicalPattern, hierarchical_attention
+from longnet.attention.hierarchical_cached import HierarchicalState, Step
+from longnet.attention.hierarchical_torch import Parameters
 
 
 def inputs(batch, tokens, heads, key_heads, width=8, seed=0):
@@ -177,3 +180,34 @@ def test_tensors_without_data_are_refused():
     q = torch.empty(1, 20, 2, 8, device="meta")
     with pytest.raises(ValueError, match="hold data; got device 'meta'"):
         hierarchical_attention(q, q, q, HierarchicalPattern(block=4, radix=2))
+
+
+class Asked(TorchDispatchMode):
+    """Counts values of tensors that the host asks for: on a GPU each waits for all that was queued."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_host_never_asks_the_device(causal):
+    pattern = HierarchicalPattern(block=4, radix=4, window_blocks=2, top_k=2, beam=4)
+    q = k = v = torch.randn(1, 203, 2, 8)
+    with Asked() as asked:
+        hierarchical_attention(q, k, v, pattern, causal=causal, impl="torch")
+    assert asked.count == 0
+
+
+def test_a_stream_never_asks_the_device():
+    pattern = HierarchicalPattern(block=4, radix=4, window_blocks=2, top_k=2, beam=4, retention=(64, 16))
+    state = HierarchicalState(pattern, 1, 8, torch.float32, "cpu")
+    parameters = Parameters(0.3, torch.zeros(2, pattern.most_levels()), torch.ones(2), None)
+    with Asked() as asked:
+        for count in (150, 1, 1, 30, 1):
+            q, k = torch.randn(1, count, 2, 8), torch.randn(1, count, 1, 8)
+            state.attend(Step(q, q, k, k, k), parameters, None)
+    assert state.position == 183
+    assert asked.count == 0

@@ -100,11 +100,42 @@ def parts(start: int, count: int, k: Tensor, pattern: HierarchicalPattern) -> It
         begin += size
 
 
+class Lists(NamedTuple):
+    """What some blocks of queries list: bounds (levels, 4, blocks), left lo and hi, right lo and hi; `longest` of every level,
+    the nodes of the longest list left and right; least (levels, blocks), the first node that may be opened.
+
+    What sizes a tensor is kept on the host: asking the device for it would wait for all that was queued.
+    """
+
+    bounds: Tensor
+    longest: tuple[tuple[int, int], ...]
+    least: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        pattern: HierarchicalPattern,
+        num_tokens: int,
+        causal: bool,
+        first: int,
+        count: int,
+        device: torch.device,
+    ) -> Lists:
+        # The causal lists of a block are the same from its first token to its last.
+        whole = -(-num_tokens // pattern.block) * pattern.block if causal else num_tokens
+        return _lists(pattern, whole, causal, first, count, device)
+
+
 @functools.lru_cache(maxsize=256)
-def _bounds(
+def _lists(
     pattern: HierarchicalPattern, num_tokens: int, causal: bool, first: int, count: int, device: torch.device
-) -> Tensor:
-    return torch.from_numpy(pattern.bounds(num_tokens, causal, first, count)).to(device)
+) -> Lists:
+    bounds = pattern.bounds(num_tokens, causal, first, count)
+    longest = (bounds[:, 1::2] - bounds[:, ::2]).max(-1)
+    blocks, levels = range(first, first + count), range(len(bounds))
+    least = [[pattern.first_openable(block, level) for block in blocks] for level in levels]
+    found = (torch.from_numpy(bounds).to(device), tuple(map(tuple, longest.tolist())))
+    return Lists(*found, torch.tensor(least, device=device))
 
 
 def _group(
@@ -153,13 +184,13 @@ class Group:
         if not self.sees_far:
             return chosen
         span = (self.first_block, self.blocks)
-        bounds = _bounds(self.pattern, self.num_tokens, self.causal, *span, self.q.device)
+        lists = Lists.of(self.pattern, self.num_tokens, self.causal, *span, self.q.device)
         opened = None
         for level in range(len(far.levels) - 1, -1, -1):
-            nodes = _candidates(bounds[level], opened, self.pattern, self.q.shape, self.q.device)
+            nodes = _candidates(lists, level, opened, self.pattern, self.q.shape)
             opened = None
             if nodes is not None:
-                rest = (far, self.pattern, self.parameters, self.first_block)
+                rest = (far, self.pattern, self.parameters, lists.least[level])
                 opened = _add_summaries(self.state, self.q, nodes, level, *rest)
             if opened is not None:
                 chosen[level] = opened
@@ -236,13 +267,14 @@ def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_t
     state.add(logits, values, "bnrkgc,bnckd->bnrkgd")
 
 
-def _candidates(bounds, opened, pattern, shape, device) -> Tensor | None:
+def _candidates(lists, level, opened, pattern, shape) -> Tensor | None:
     """Candidates of a level, ascending, -1 where there is none: (B, blocks, rows, K, C), or None if nobody has any."""
     batch, _, rows, key_heads = shape[:4]
+    bounds, device = lists.bounds[level], lists.bounds.device
     parts = []
-    for lo, hi in ((bounds[0], bounds[1]), (bounds[2], bounds[3])):
-        longest = int((hi - lo).max())
+    for side, longest in enumerate(lists.longest[level]):
         if longest > 0:
+            lo, hi = bounds[2 * side], bounds[2 * side + 1]
             node = lo[:, None] + torch.arange(longest, device=device)
             node = torch.where(node < hi[:, None], node, -1)
             parts.append(node[None, :, None, None].expand(batch, -1, rows, key_heads, -1))
@@ -269,7 +301,7 @@ def _rows_of(x: Tensor, index: Tensor) -> Tensor:
     return x[b, index, kh]
 
 
-def _add_summaries(state, q, nodes, level, far, pattern, parameters, first_block) -> Tensor | None:
+def _add_summaries(state, q, nodes, level, far, pattern, parameters, least) -> Tensor | None:
     """Score the candidates, open the best, attend to the others. Returns the opened ones, ascending, -1 filled."""
     kbar, vbar, mass, entropy = far.levels[level]
     size = kbar.shape[1]
@@ -287,8 +319,6 @@ def _add_summaries(state, q, nodes, level, far, pattern, parameters, first_block
         with torch.no_grad():
             some = ok.any(-1)[..., None, None]
             score = torch.softmax(torch.where(some, logits, 0), -1).mean(-2)
-            block = torch.arange(first_block, first_block + q.shape[1]).tolist()
-            least = torch.tensor([pattern.first_openable(i, level) for i in block], device=q.device)
             score = torch.where(ok & (nodes >= least[None, :, None, None, None]), score, -1)
             best = score.sort(stable=True, dim=-1, descending=True)
             places = best.indices[..., :count]
