@@ -295,10 +295,16 @@ def _ascending(nodes: Tensor) -> Tensor:
 
 def _rows_of(x: Tensor, index: Tensor) -> Tensor:
     """x (B, M, K, ...) at index (B, blocks, rows, K, C) along M: (B, blocks, rows, K, C, ...)."""
-    batch, _, key_heads = x.shape[:3]
-    b = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1)
-    kh = torch.arange(key_heads, device=x.device).view(1, 1, 1, -1, 1)
+    b, kh = _corners(x.shape[0], x.shape[2], x.device)
     return x[b, index, kh]
+
+
+@functools.lru_cache(maxsize=64)
+def _corners(batch: int, key_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0, 1, .. along the first and the fourth of five dimensions."""
+    with torch.inference_mode(False):  # a later backward pass keeps them
+        b, kh = (torch.arange(count, device=device) for count in (batch, key_heads))
+    return b.view(-1, 1, 1, 1, 1), kh.view(1, 1, 1, -1, 1)
 
 
 def _add_summaries(state, q, nodes, level, far, pattern, parameters, least) -> Tensor | None:
