@@ -135,7 +135,25 @@ def readers() -> None:
             assert torch.equal(found, (keys == group).nonzero()[:, 0])
 
 
-if sys.argv[1] in ("pyramids", "readers"):
-    {"pyramids": pyramids, "readers": readers}[sys.argv[1]]()
+def compiled() -> None:
+    """A compiled caller gets the same bits, forward and backward."""
+    pattern = HierarchicalPattern(16, 4, 2, 1, None, 2, 4)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 117, heads, 16, generator=g).requires_grad_() for heads in (4, 2, 2))
+    bias, mix = torch.zeros(4, 4), torch.ones(4)
+
+    def attend(q, k, v):
+        return hierarchical_fused.attend(q * 2, k, v, q, k, None, None, pattern, 0.3, bias, mix)[0] + 1
+
+    results = []
+    for call in (attend, torch.compile(attend, backend="eager")):
+        out = call(q, k, v)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+PARTS = {"pyramids": pyramids, "readers": readers, "compiled": compiled}
+if sys.argv[1] in PARTS:
+    PARTS[sys.argv[1]]()
 else:
     main(sys.argv[1])

@@ -33,6 +33,7 @@ def run(script, *arguments, **environment):
         "short",
         "pyramids",
         "readers",
+        "compiled",
     ],
 )
 def test_kernels_equal_the_oracle(case):

@@ -26,6 +26,8 @@ from longnet.kernels import cover, leaves, opened_forward
 from longnet.patterns import HierarchicalPattern
 
 
+# The compiler would trace the launches, whose descriptors the host makes; a compiled model runs this as it is.
+@torch.compiler.disable(reason="it launches kernels of its own")
 def attend(
     q: Tensor,
     k: Tensor,
