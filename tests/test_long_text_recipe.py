@@ -113,20 +113,15 @@ def test_the_router_mix_falls_with_the_rate(long_text, setting, data, mixed, exp
     assert found == [pytest.approx([x] * 2) for x in expected]
 
 
+def reduced(data, out, windows):
+    """Arguments of a small comparison."""
+    sizes = ["--reduced", "--length", 128, "--windows", windows]
+    return ["long_text", "--data", data, "--out", out, *sizes]
+
+
 def test_a_comparison_that_was_stopped_goes_on(long_text, data, monkeypatch, capsys, tmp_path):
     write(data / "train.jsonl.gz", ["once upon a time there was a long text. " * 60])
-    base = [
-        "long_text",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "out",
-        "--reduced",
-        "--length",
-        128,
-        "--windows",
-        4,
-    ]
+    base = reduced(data, tmp_path / "out", 4)
 
     def call(*more):
         monkeypatch.setattr(sys, "argv", [str(x) for x in (*base, "--device", "cpu", *more)])
@@ -161,18 +156,7 @@ def test_a_comparison_that_was_stopped_goes_on(long_text, data, monkeypatch, cap
 def test_what_is_equal_may_be_given(long_text, data, monkeypatch, tmp_path):
     """Nothing is measured then: processes on several devices can share one choice."""
     write(data / "train.jsonl.gz", ["once upon a time there was a long text. " * 60])
-    arguments = [
-        "long_text",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "out",
-        "--reduced",
-        "--length",
-        128,
-        "--windows",
-        2,
-    ]
+    arguments = reduced(data, tmp_path / "out", 2)
     arguments += ["--device", "cpu", "--models", "local", "--equal", 0.2, 6144]
     monkeypatch.setattr(sys, "argv", [str(x) for x in arguments])
     long_text.main()
