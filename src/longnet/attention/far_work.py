@@ -14,12 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longnet.patterns import HierarchicalPattern
 
-# Readers of one work item of a gradient kernel: enough to amortise its loads, few enough to fill the device.
-READERS = 1024
-
-# Neighbouring nodes whose gradients one program sums: the rows of its products, the bits of a reader's word.
-COLUMNS = 64
-
 
 class Geometry(NamedTuple):
     """The integers of a pattern at one length, as the kernels want them."""
@@ -208,16 +202,18 @@ def reader_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     return tile | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
-# (warps, stages) of the kernel over epochs, by blocks up to 64 and wider ones.
+# Query rows that one program over an epoch reads: enough to amortise its loads, few enough to fill the device; nodes whose
+# gradients it sums, the rows of its products; (warps, stages) by blocks up to 64 and wider ones.
+EPOCH_ROWS, EPOCH_NODES = 4096, 64
 EPOCH_TILE = ((4, 2), (8, 2))
 
 
 def epoch_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype) -> dict:
     warps, stages = EPOCH_TILE[geometry.block > 64]
     # Blocks whose tokens one program reads: a power of two.
-    blocks = min(geometry.radix, max(1, 4 * READERS // (shape.group * geometry.block)))
+    blocks = min(geometry.radix, max(1, EPOCH_ROWS // (shape.group * geometry.block)))
     return tile_of(shape, dtype) | {
-        "NODES": COLUMNS,
+        "NODES": EPOCH_NODES,
         "BLOCKS": 1 << (blocks.bit_length() - 1),
         "LEVELS": geometry.levels,
         "TMA": by_descriptor(shape),

@@ -90,6 +90,20 @@ def _place(
 
 
 @triton.jit
+def _masked_tiles(i, first, diagonal, BLOCK: tl.constexpr, QB: tl.constexpr, BK: tl.constexpr):
+    """How many tiles of BK keys need a mask: those of the program's own keys, and with the oldest ones.
+
+    Numbers that the compiler does not know: a loop of one step would be unrolled, and the assembler then makes every product of
+    the kernel wait for the one before (ptxas C7515).
+    """
+    own = (i * BLOCK + QB * BLOCK - diagonal + BK - 1) // BK
+    masked = own
+    if QB > 1:
+        masked += tl.where(first >= 0, (QB - 1) * BLOCK // BK, 0)
+    return own, masked
+
+
+@triton.jit
 def _window_tile(
     t,
     own,
@@ -188,12 +202,7 @@ def cover_forward(
             acc, m, total, s, scale2, load_tile(v_rows, sequence, begin, kh, BK, BD), PREC=PREC
         )
     # Every row sees a key of the first tile that needs a mask: from there on all maxima are finite.
-    # A count that the compiler does not know: a loop of one step would be unrolled, and the assembler then makes every product
-    # of the kernel wait for the one before (ptxas C7515).
-    own = (i * BLOCK + QB * BLOCK - diagonal + BK - 1) // BK
-    masked = own
-    if QB > 1:
-        masked += tl.where(first >= 0, (QB - 1) * BLOCK // BK, 0)
+    own, masked = _masked_tiles(i, first, diagonal, BLOCK, QB, BK)
     for t in tl.range(0, masked):
         begin, seen = _window_tile(t, own, first * BLOCK, diagonal, token, BLOCK, QB, WINDOW, BK)
         s = tl.dot(qt, load_tile(k_rows, sequence, begin, kh, BK, BD).T, input_precision=PREC) * scale2
@@ -272,10 +281,7 @@ def cover_dq(
         p = tl.exp2(tl.dot(qt, kt.T, input_precision=PREC) * scale2 - lse2[:, None])
         ds = p * (tl.dot(do, vt.T, input_precision=PREC) - dl[:, None])
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
-    own = (i * BLOCK + QB * BLOCK - diagonal + BK - 1) // BK
-    masked = own
-    if QB > 1:
-        masked += tl.where(first >= 0, (QB - 1) * BLOCK // BK, 0)
+    own, masked = _masked_tiles(i, first, diagonal, BLOCK, QB, BK)
     for t in tl.range(0, masked):
         begin, seen = _window_tile(t, own, first * BLOCK, diagonal, token, BLOCK, QB, WINDOW, BK)
         kt = load_tile(k_rows, sequence, begin, kh, BK, BD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.kernels.routing import count_places, load_rows, places_of, read_columns
+from longnet.kernels.routing import count_places, load_rows, places_of, read_columns, tile_rows
 
 
 @triton.jit
@@ -31,12 +31,7 @@ def far_attend(
     b = pair // num_key_heads
     kh = pair % num_key_heads
     t0 = first_token + tl.program_id(0) * T
-    row = tl.arange(0, T * GP)
-    t_row = row // GP
-    g = row % GP
-    token = (t0 + t_row).to(tl.int64)
-    head = kh * G + g
-    ok = (g < G) & (token < num_tokens)
+    t_row, g, token, head, ok = tile_rows(t0, kh, num_tokens, G, GP, T)
     d = tl.arange(0, BD)
     d_ok = (d < D)[None, :]
     row_ok = ok[:, None] & d_ok

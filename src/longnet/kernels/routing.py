@@ -160,6 +160,17 @@ def mark(
 
 
 @triton.jit
+def tile_rows(t0, kh, num_tokens, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr):
+    """The rows of a tile of T tokens from t0 on with the heads of one key head, each group padded to GP: the token's number in
+    the tile, the head's in its group, token and head themselves, and whether there is such a row."""
+    row = tl.arange(0, T * GP)
+    t_row = row // GP
+    g = row % GP
+    token = (t0 + t_row).to(tl.int64)
+    return t_row, g, token, kh * G + g, (g < G) & (token < num_tokens)
+
+
+@triton.jit
 def read_columns(rows, records, at, BC: tl.constexpr):
     """Of the columns from `at` on: their summaries' rows, entropies (log2), and bits."""
     c = at + tl.arange(0, BC)
