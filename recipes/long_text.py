@@ -186,8 +186,10 @@ def measure(run: Run, windows: torch.Tensor) -> dict:
     return {"bytes": run.bytes, "seconds": run.seconds, "bits": bits(run.model, windows, run.setting)}
 
 
-def train(variant: Variant, seed: int, setting: Setting, books: Books, windows: torch.Tensor, equal: dict) -> dict:  # fmt: skip
-    """One row: the model after equal bytes and after equal seconds."""
+def train(
+    variant: Variant, seed: int, setting: Setting, books: Books, windows: torch.Tensor, equal: dict, folder: Path
+) -> dict:
+    """One row: the model after equal bytes and after equal seconds. The last one measured is kept as a folder in `folder`."""
     Run(variant, seed, setting, books).steps_of(WARM)  # compiles, in whatever process, before time counts
     run = Run(variant, seed, setting, books)
     row = {"model": variant.name, "seed": seed, "parameters": sum(p.numel() for p in run.model.parameters())}
@@ -211,6 +213,7 @@ def train(variant: Variant, seed: int, setting: Setting, books: Books, windows: 
         run.restore(kept)
         run.descend(by_time, mixed=False)
         row["mix_kept"] = measure(run, windows)
+    run.model.save_pretrained(folder / f"{variant.name}-{seed}")
     return row | {"curve": run.curve}
 
 
@@ -328,7 +331,7 @@ def main() -> None:
             if time.perf_counter() - began + took > 60 * given.budget_minutes * 1.05:
                 print(f"{name} seed {seed} is left out: the time ended. The same command goes on with it.")
                 continue
-            data["rows"].append(train(setting.variants()[name], seed, setting, books, windows, data["equal"]))
+            data["rows"].append(train(setting.variants()[name], seed, setting, books, windows, data["equal"], given.out))
             results.write()
             print(f"{name} seed {seed}: {time.perf_counter() - began:.0f} s so far", flush=True)
     print(report(results.path))

@@ -32,7 +32,7 @@ CASES = {
 def main(name: str) -> None:
     pattern, tokens, heads, key_heads, width, beta = CASES[name]
     if name == "chunks":
-        opened_work.CHUNK_BYTES = 48 * heads * pattern.top_k * width * 4
+        opened_work.CHUNK_BYTES, opened_work.LEAF_ROWS = 48 * heads * pattern.top_k * width * 4, 0
     if name in ("levels", "batches"):
         opened_gradients.COLUMNS = opened_work.COLUMNS = 8
         opened_work.LEAF_READERS = opened_work.CHILD_READERS = 24

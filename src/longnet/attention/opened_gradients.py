@@ -91,15 +91,18 @@ class Opened(NamedTuple):
         dparameters = torch.empty(
             shape.batch, shape.key_heads, tiles, levels + 1, shape.group, device=self.q.device
         )
-        done = 0
+        done = known = 0
         for i, (chunk, opened) in enumerate(zip(parts, kept, strict=True)):
             item_dkv, item_dnode = self._chunk(routes, opened, chunk, dq, add, dparameters, done)
-            readers.add_leaves[(triton.cdiv(shape.tokens, self.geometry.block), self.geometry.block // 16, shape.pairs)](
+            last = i == len(parts) - 1
+            # Nobody opens what lies after a chunk: sums of earlier blocks only.
+            blocks = triton.cdiv(shape.tokens if last else chunk.first + chunk.tokens, self.geometry.block)
+            readers.add_leaves[(blocks, self.geometry.block // 16, shape.pairs)](
                 item_dkv, item_dnode, opened.ranges, dk_sum, dv_sum, dk, dv, nodes.dkbar, nodes.dentropy,
-                shape.tokens, self.geometry.sizes[0], self.kbar.shape[1], shape.key_heads,
-                **self.leaf, BLOCK=self.geometry.block, ROWS=16, FIRST=i == 0, LAST=i == len(parts) - 1, num_warps=4,
+                shape.tokens, self.geometry.sizes[0], self.kbar.shape[1], shape.key_heads, known,
+                **self.leaf, BLOCK=self.geometry.block, ROWS=16, LAST=last, num_warps=4,
             )  # fmt: skip
-            done += chunk.tiles
+            done, known = done + chunk.tiles, blocks
         sums = dparameters.sum((0, 2)).transpose(1, 2).reshape(shape.heads, levels + 1)
         return dk, dv, sums[:, :levels], sums[:, levels]
 

@@ -28,8 +28,9 @@ CHILD_READERS, CHILD_ITEMS = 128, 2**15
 # Neighbouring nodes whose gradients one program sums: the columns of its products, the bits of a reader's words.
 COLUMNS = 32
 
-# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens.
-CHUNK_BYTES = 2**30
+# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens. Every chunk reads all leaves before it, so in
+# longer texts chunks grow: until a leaf has LEAF_ROWS rows of queries on average, or the buffer has the bytes of q.
+CHUNK_BYTES, LEAF_ROWS = 2**30, 256
 
 
 # Bytes of queries and of their gradients that the readers of children in one window have: they stay in the cache.
@@ -54,11 +55,13 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(q: Tensor, shape: Shape, geometry: Geometry) -> tuple[Chunk, ...]:
-    """The sequence in chunks of whole blocks whose places' results fit in CHUNK_BYTES, and whose queries' offsets in 31 bits."""
-    place = shape.batch * shape.heads * shape.width * q.element_size()
-    return _chunks(
-        shape, geometry, min(CHUNK_BYTES // (place * geometry.top_k), (2**31 - 1) // max(1, q.stride(1)))
-    )
+    """The sequence in chunks of whole blocks whose places' results fit in the buffer, and their and the queries' offsets in 31 bits."""
+    row = shape.width * q.element_size()
+    token = shape.batch * shape.heads * row
+    longer = min(token * shape.tokens, LEAF_ROWS * geometry.sizes[0] * shape.pairs * row)
+    numbers = max(1, q.stride(1), geometry.top_k * shape.group * shape.width)
+    most = min(max(CHUNK_BYTES, longer) // (token * geometry.top_k), (2**31 - 1) // numbers)
+    return _chunks(shape, geometry, most)
 
 
 @functools.lru_cache(maxsize=64)
@@ -196,18 +199,18 @@ def route(
     tables = Tables(shape, geometry, chunk, q.device)
     leaves = geometry.sizes[0]
     keys = torch.empty(shape.pairs, chunk.tokens, geometry.top_k, dtype=torch.int32, device=q.device)
-    constants = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
+    constants = {"G": shape.group, "TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
     constants |= {"LISTED": geometry.listed, "PLACES": triton.next_power_of_2(geometry.width)}
     for level in range(geometry.levels - 1, -1, -1):
         parents = geometry.parents(level)
         places = parents * geometry.radix + geometry.listed
-        scores = keys
+        logits = entropy  # read by no token
         if geometry.sizes[level] > (geometry.beam if level else geometry.top_k):
-            scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
+            logits = torch.empty(shape.pairs, chunk.tokens, shape.group, places, device=q.device)
             tables.mark(routes, entropy, offsets, level)
-            _score(q, kbar, routes, tables, scores, level, scale)
+            _score(q, kbar, routes, tables, logits, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
-            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
+            logits, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
             PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
         if level:
@@ -216,13 +219,13 @@ def route(
     return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
 
 
-def _score(q, kbar, routes, tables, scores, level, scale) -> None:
+def _score(q, kbar, routes, tables, logits, level, scale) -> None:
     """Where there are no more nodes than places all are opened, and nobody asks for their scores."""
     shape, geometry = tables.shape, tables.geometry
     routing.score[tables.grid](
-        q, kbar, routes.opened, tables.places, tables.sizes, tables.rows, tables.records, scores, *strides(q),
+        q, kbar, routes.opened, tables.places, tables.sizes, tables.rows, tables.records, logits, *strides(q),
         shape.tokens, shape.key_heads, geometry.levels, level, scale, tables.chunk.first, tables.most, tables.columns,
-        scores.shape[2], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width, **cover_constants(geometry),
+        logits.shape[3], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width, **cover_constants(geometry),
         **far_tile(shape, q.dtype, "score"),
     )  # fmt: skip
 

@@ -1,0 +1,116 @@
+"""What a token of hierarchical attention costs while a real text grows: queries, keys and values of a trained model's layers.
+
+Neighbours in a text open much the same blocks; tokens of random data do not, which is the kernels' worst case and is timed beside
+it in the same shape. Books follow each other as one text. What is timed is the attention of one layer, forward and backward.
+
+    python recipes/long_text.py --data BOOKS --out runs/long-text --models hierarchical --equal 50 20000000
+    PYTHONPATH=src python benchmarks/hierarchical_text.py --model runs/long-text/hierarchical-0 --books BOOKS/train.jsonl.gz
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+import torch
+
+from hierarchical import timed
+from longnet import LongNetForCausalLM
+from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
+from longnet.text import encode
+from run import environment
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def text(path: Path, tokens: int) -> torch.Tensor:
+    """(1, tokens): the books of a .jsonl.gz, one after the other."""
+    parts, count = [], 0
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            parts.append(torch.as_tensor(encode(json.loads(line)["text"])))
+            count += len(parts[-1])
+            if count >= tokens:
+                return torch.cat(parts)[None, :tokens]
+    raise SystemExit(f"{path}: expected at least {tokens} bytes of text; it holds {count}; lower --tokens")
+
+
+@torch.no_grad()
+def projections(model: LongNetForCausalLM, ids: torch.Tensor, layer: int) -> tuple[Tensors, tuple]:
+    """q, k, v of a layer, and its rotary angles, as a forward pass over `ids` makes them."""
+    attention, found = model.model.layers[layer].attention, {}
+    plain = attention._attend
+
+    def attend(q, k, v, rotary, lengths, cache):
+        found.update(tensors=(q, k, v), rotary=rotary)
+        return plain(q, k, v, rotary, lengths, cache)
+
+    attention._attend = attend
+    model.model(input_ids=ids)
+    del attention._attend
+    return found["tensors"], found["rotary"]
+
+
+def measure(attention: LongNetHierarchicalAttention, tensors: Tensors, rotary: tuple, device: str) -> dict:
+    tensors = tuple(x.detach().contiguous().requires_grad_() for x in tensors)
+    attend = lambda: attention._attend(*tensors, rotary, None, None)  # noqa: E731
+    with torch.no_grad():
+        forward = timed(attend, device)
+    out = attend()
+    dout = torch.randn_like(out)
+    backward = timed(lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True), device)
+    tokens = tensors[0].shape[1]
+    return {"forward_ms": forward, "backward_ms": backward, "us_per_token": 1e3 * (forward[1] + backward[1]) / tokens}  # fmt: skip
+
+
+def report(rows: list[dict], facts: dict, folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
+    lines = [f"{k}: {v}" for k, v in facts.items()]
+    lines += ["", "| tokens | data | forward ms | backward ms | µs a token | against the shortest |", "|---" * 6 + "|"]  # fmt: skip
+    for row in rows:
+        first = next(r for r in rows if r["data"] == row["data"])
+        times = [f"{low:.2f} {middle:.2f} {high:.2f}" for low, middle, high in (row["forward_ms"], row["backward_ms"])]  # fmt: skip
+        grown = row["us_per_token"] / first["us_per_token"]
+        lines.append(f"| {row['tokens']} | {row['data']} | {times[0]} | {times[1]} | {row['us_per_token']:.3f} | {grown:.2f} |")  # fmt: skip
+    result = "\n".join(lines) + "\n"
+    (folder / "text.md").write_text(result)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of a hierarchical model")
+    parser.add_argument("--books", type=Path, required=True, help=".jsonl.gz with a text a line")
+    parser.add_argument("--layers", nargs="+", type=int, default=[1, 3])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[65536 * 4**i for i in range(4)])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hierarchical"))
+    options = parser.parse_args()
+    device = options.device
+    model = LongNetForCausalLM.from_pretrained(options.model).to(device)
+    model = model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    config = model.config
+    shape = {"heads": config.num_attention_heads, "key heads": config.num_key_value_heads, "width": config.head_dim}  # fmt: skip
+    facts, rows = environment(device) | shape | {"tree": config.hierarchical}, []
+    ids = text(options.books, max(options.tokens)).long().to(device)
+    for layer in options.layers:
+        attention = model.model.layers[layer].attention
+        for tokens in options.tokens:
+            tensors, rotary = projections(model, ids[:, :tokens], layer)
+            kinds = {f"text, layer {layer}": tensors}
+            if layer == options.layers[0]:
+                kinds["random"] = tuple(torch.randn_like(x) for x in tensors)
+            for data, given in kinds.items():
+                rows.append({"tokens": tokens, "data": data} | measure(attention, given, rotary, device))
+                print(json.dumps(rows[-1]), flush=True)
+            del tensors, kinds, given
+    print(report(rows, facts, options.out))
+
+
+if __name__ == "__main__":
+    main()
