@@ -134,8 +134,13 @@ def _lists(
     longest = (bounds[:, 1::2] - bounds[:, ::2]).max(-1)
     blocks, levels = range(first, first + count), range(len(bounds))
     least = [[pattern.first_openable(block, level) for block in blocks] for level in levels]
-    found = (torch.from_numpy(bounds).to(device), tuple(map(tuple, longest.tolist())))
-    return Lists(*found, torch.tensor(least, device=device))
+    found = (_upload(torch.from_numpy(bounds), device), tuple(map(tuple, longest.tolist())))
+    return Lists(*found, _upload(torch.tensor(least), device))
+
+
+def _upload(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without waiting for what was queued there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _group(

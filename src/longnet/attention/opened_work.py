@@ -199,18 +199,18 @@ def route(
     tables = Tables(shape, geometry, chunk, q.device)
     leaves = geometry.sizes[0]
     keys = torch.empty(shape.pairs, chunk.tokens, geometry.top_k, dtype=torch.int32, device=q.device)
-    constants = {"G": shape.group, "TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
+    constants = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
     constants |= {"LISTED": geometry.listed, "PLACES": triton.next_power_of_2(geometry.width)}
     for level in range(geometry.levels - 1, -1, -1):
         parents = geometry.parents(level)
         places = parents * geometry.radix + geometry.listed
-        logits = entropy  # read by no token
+        scores = keys
         if geometry.sizes[level] > (geometry.beam if level else geometry.top_k):
-            logits = torch.empty(shape.pairs, chunk.tokens, shape.group, places, device=q.device)
+            scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
             tables.mark(routes, entropy, offsets, level)
-            _score(q, kbar, routes, tables, logits, level, scale)
+            _score(q, kbar, routes, tables, scores, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
-            logits, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
+            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
             PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
         if level:
@@ -219,13 +219,13 @@ def route(
     return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
 
 
-def _score(q, kbar, routes, tables, logits, level, scale) -> None:
+def _score(q, kbar, routes, tables, scores, level, scale) -> None:
     """Where there are no more nodes than places all are opened, and nobody asks for their scores."""
     shape, geometry = tables.shape, tables.geometry
     routing.score[tables.grid](
-        q, kbar, routes.opened, tables.places, tables.sizes, tables.rows, tables.records, logits, *strides(q),
+        q, kbar, routes.opened, tables.places, tables.sizes, tables.rows, tables.records, scores, *strides(q),
         shape.tokens, shape.key_heads, geometry.levels, level, scale, tables.chunk.first, tables.most, tables.columns,
-        logits.shape[3], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width, **cover_constants(geometry),
+        scores.shape[2], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width, **cover_constants(geometry),
         **far_tile(shape, q.dtype, "score"),
     )  # fmt: skip
 

@@ -181,14 +181,13 @@ def read_columns(rows, records, at, BC: tl.constexpr):
 
 @triton.jit
 def score(
-    q, kbar, opened, places, sizes, rows, records, logits,
+    q, kbar, opened, places, sizes, rows, records, scores,
     sqb, sqn, sqh, num_tokens, num_key_heads, levels, level, scale, first_token, most, columns, width,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """logits (pairs, tiles T, G, width) fp32, log2: scale q . kbar + entropy of every token's candidates at a level, the children
-    of the nodes that it opened one level up in their order, then the listed nodes.
+    """scores (pairs, tiles T, width) fp32 of every token's candidates at a level: the mean over the group of their softmax.
 
     A level's bias moves all logits of a head alike and so no score. Tokens with no more candidates than places open them
     all: nobody asks for their scores.
@@ -196,7 +195,7 @@ def score(
     LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
     tile = pair * tl.num_programs(0) + tl.program_id(0)
-    logits += tile * T * G * width
+    scores += tile * T * width
     tile += level * tl.num_programs(0) * tl.num_programs(1)
     b = pair // num_key_heads
     kh = pair % num_key_heads
@@ -206,49 +205,53 @@ def score(
     above = opened + ((pair * num_tokens + t0) * levels + tl.minimum(level + 1, levels - 1)) * WIDTH
     parents = count_opened(above, level, levels, BEAM)
     if parents * RADIX + hi - lo > tl.where(level == 0, TOP_K, BEAM):
-        t_row, g, token, head, ok = tile_rows(t0, kh, num_tokens, G, GP, T)
+        row = tl.arange(0, T * GP)
+        token = (t0 + row // GP).to(tl.int64)
+        head = kh * G + row % GP
+        row_ok = (row % GP < G) & (token < num_tokens)
         d = tl.arange(0, BD)
         at_q = b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :]
-        qt = tl.load(q + at_q, ok[:, None] & (d < D)[None, :], 0.0)
+        qt = tl.load(q + at_q, row_ok[:, None] & (d < D)[None, :], 0.0)
         union_size = tl.load(sizes + tile, level < levels - 1, 0)
         size = union_size * RADIX + hi - lo
-        mask = tl.where(ok, 1 << t_row, 0)[:, None]
-        to = logits + ((t_row * G + g) * width)[:, None]
+        mask = (1 << (row // GP))[:, None]
+        # Finite: a row may see nothing of the first columns.
+        top = tl.full((T * GP,), -1e30, tl.float32)
+        mass = tl.zeros((T * GP,), tl.float32)
         for begin in tl.range(0, size, BC):
             node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
             kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
+            s = tl.where((bits[None, :] & mask) != 0, s, float("-inf"))
+            new = tl.maximum(top, tl.max(s, 1))
+            mass = mass * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
+            top = new
+        share = tl.where(row_ok & (mass > 0), 1.0 / (tl.where(mass > 0, mass, 1.0) * G), 0.0)
+        t = tl.arange(0, T)
+        to = scores + t[:, None] * width
+        for begin in tl.range(0, size, BC):
+            node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
+            p = tl.exp2(tl.minimum(s - top[:, None], 0.0)) * share[:, None]
+            p = tl.sum(tl.reshape(p, (T, GP, BC)), 1)
             c = begin + tl.arange(0, BC)
             is_child = c < union_size * RADIX
-            sees = (bits[None, :] & mask) != 0
-            at_place = places + (tile * most + c // RADIX)[None, :] * T + t_row[:, None]
-            place = tl.load(at_place, sees & is_child[None, :], 0).to(tl.int32)
-            at = place * RADIX + (c % RADIX)[None, :]
-            listed = parents * RADIX + c - union_size * RADIX
-            tl.store(to + tl.where(is_child[None, :], at, listed[None, :]), s, sees)
-
-
-@triton.jit
-def scores_of(logits, child, is_child, listed, is_listed, G: tl.constexpr, width):
-    """The mean over the group's heads of the softmax of a token's logits (G, width), of children and of listed nodes."""
-    of_child = tl.zeros(child.shape, tl.float32)
-    of_listed = tl.zeros(listed.shape, tl.float32)
-    for g in range(G):
-        x = tl.load(logits + g * width + child, is_child, float("-inf"))
-        y = tl.load(logits + g * width + listed, is_listed, float("-inf"))
-        top = tl.maximum(tl.max(x, 0), tl.max(y, 0))
-        x = tl.exp2(x - top)
-        y = tl.exp2(y - top)
-        share = 1.0 / ((tl.sum(x, 0) + tl.sum(y, 0)) * G)
-        of_child += x * share
-        of_listed += y * share
-    return of_child, of_listed
+            place = tl.load(
+                places + (tile * most + c // RADIX)[None, :] * T + t[:, None], is_child[None, :], 0
+            ).to(tl.int32)
+            at = tl.where(
+                is_child[None, :],
+                place * RADIX + (c % RADIX)[None, :],
+                (parents * RADIX + c - union_size * RADIX)[None, :],
+            )
+            tl.store(to + at, p, (place >= 0) & (c < size)[None, :] & (t0 + t < num_tokens)[:, None])
 
 
 @triton.jit
 def select(
-    logits, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, num_leaves, width,
-    G: tl.constexpr, BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
+    scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, num_leaves, width,
+    BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     PARENTS: tl.constexpr, LISTED: tl.constexpr, TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -281,15 +284,14 @@ def select(
         total = parents * RADIX + hi - lo
         count = tl.where(level == 0, TOP_K, BEAM)
         search = total > count
-        of_child = tl.zeros((PARENTS * RADIX,), tl.float32)
-        of_listed = tl.zeros((LISTED,), tl.float32)
-        if search:
-            of_child, of_listed = scores_of(
-                logits + mine * G * width, child, is_child, parents * RADIX + listed, is_listed, G, width
-            )
         # The scores are at least 0, so their bits order like integers.
-        of_child = tl.where(is_child, of_child.to(tl.int32, bitcast=True), -1)
-        of_listed = tl.where(is_listed, of_listed.to(tl.int32, bitcast=True), -1)
+        scores += mine * width
+        of_child = tl.load(scores + child, is_child & search, 0.0).to(tl.int32, bitcast=True)
+        of_child = tl.where(is_child, of_child, -1)
+        of_listed = tl.load(scores + parents * RADIX + listed, is_listed & search, 0.0).to(
+            tl.int32, bitcast=True
+        )
+        of_listed = tl.where(is_listed, of_listed, -1)
         least = 0
         most = tl.where(search, tl.maximum(tl.max(of_child, 0), tl.max(of_listed, 0)) + 1, 1)
         while most - least > 1:
