@@ -38,7 +38,7 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 def pattern_of(case: Case, small: bool) -> HierarchicalPattern:
     if case.who == "cover":
         return SMALL_COVER if small else COVER
-    return SMALL if small else OPENED[case.beam]
+    return SMALL if small else OPENED[case.beam, case.radix]
 
 
 def attention(case: Case, options: argparse.Namespace) -> Attention:
@@ -148,6 +148,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
     """One row: milliseconds forward and backward, TFLOP/s, and the peak beyond the inputs."""
     row: dict = {"group": case.group, "who": case.who, "case": case.name, "tokens": case.tokens}
     row |= {"heads": case.heads, "key_heads": case.key_heads, "width": case.width, "batch": case.batch}
+    row["radix"] = case.radix
     try:
         if case.who in ("opened", "cover"):
             check(case, options)
@@ -191,7 +192,9 @@ def ratios(rows: list[dict]) -> list[str]:
             lines.append(
                 f"{row['case']}: peak {row['peak_gib']:.1f} GiB beyond the inputs, {each:.2f} KiB a token"
             )
-    return lines + _growth([row for row in good if row["group"] == "cost"])
+    for radix in dict.fromkeys(row["radix"] for row in good):
+        lines += _growth([row for row in good if row["group"] == "cost" and row["radix"] == radix])
+    return lines
 
 
 def _rates(row: dict, base: dict) -> str:
@@ -210,8 +213,8 @@ def _growth(cost: list[dict]) -> list[str]:
         grown = row["us_per_token"] / cost[0]["us_per_token"]
         flops = [x["forward_tflops"] * x["forward_ms"][1] / x["tokens"] for x in (cost[0], row)]
         lines.append(
-            f"{row['tokens']} tokens: a token costs {grown:.2f} times what it costs at {cost[0]['tokens']}; its operations grow "
-            f"{flops[1] / flops[0]:.2f} times"
+            f"radix {row['radix']}, {row['tokens']} tokens: a token costs {grown:.2f} times what it costs at "
+            f"{cost[0]['tokens']}; its operations grow {flops[1] / flops[0]:.2f} times"
         )
     return lines
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from longnet import HierarchicalPattern
 
-# 16 leaves of 64 opened, radix 16, a window of 8 blocks, the search as wide as what is opened or twice as wide.
-OPENED = {beam: HierarchicalPattern(radix=16, top_k=16, beam=beam) for beam in (16, 32)}
+# 16 leaves of 64 opened, a window of 8 blocks, the search as wide as what is opened or twice as wide; by beam and radix.
+OPENED = {
+    (beam, radix): HierarchicalPattern(radix=radix, top_k=16, beam=beam)
+    for beam, radix in ((16, 16), (32, 16), (16, 8))
+}
 # The same with nothing opened.
 COVER = HierarchicalPattern(radix=16, top_k=0)
 # For a machine without a GPU: no claim.
@@ -17,7 +20,10 @@ SMALL_COVER = HierarchicalPattern(block=16, radix=4, window_blocks=2, top_k=0)
 
 @dataclass(frozen=True)
 class Case:
-    """who: "opened" (with its beam) or "cover" (hierarchical), "dense" (the library's), "nsa" (fla's). group: why measured."""
+    """who: "opened" (with its beam and radix) or "cover" (hierarchical), "dense" (the library's), "nsa" (fla's).
+
+    group: why it is measured.
+    """
 
     group: str
     who: str
@@ -27,10 +33,12 @@ class Case:
     width: int = 128
     batch: int = 1
     beam: int = 16
+    radix: int = 16
 
     @property
     def name(self) -> str:
         who = f"{self.who}, beam {self.beam}" if self.who == "opened" else self.who
+        who += ", radix 8" if self.radix == 8 else ""
         batch = f"{self.batch} x " if self.batch > 1 else ""
         return (
             f"{who}, {batch}{self.tokens} tokens, {self.heads} heads on {self.key_heads}, width {self.width}"
@@ -52,7 +60,7 @@ CASES = [
     # The whole operation against dense attention and NSA.
     *[case for tokens in (8192, 16384, 32768, 131072) for case in _whole(tokens)],
     # Cost of a token while the text grows: four heads, so that 4 million tokens and their gradients fit.
-    *[Case("cost", "opened", 65536 * 4**i, heads=4) for i in range(4)],
+    *[Case("cost", "opened", 65536 * 4**i, heads=4, radix=radix) for radix in (8, 16) for i in range(4)],
     # Memory: half a million and a million tokens.
     *[Case("memory", "opened", tokens) for tokens in (524288, 1048576)],
 ]

@@ -61,20 +61,23 @@ def measure(attention: LongNetHierarchicalAttention, tensors: Tensors, rotary: t
     out = attend()
     dout = torch.randn_like(out)
     backward = timed(lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True), device)
-    tokens = tensors[0].shape[1]
-    return {"forward_ms": forward, "backward_ms": backward, "us_per_token": 1e3 * (forward[1] + backward[1]) / tokens}  # fmt: skip
+    each = 1e3 * (forward[1] + backward[1]) / tensors[0].shape[1]
+    return {"forward_ms": forward, "backward_ms": backward, "us_per_token": each}
 
 
 def report(rows: list[dict], facts: dict, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
     lines = [f"{k}: {v}" for k, v in facts.items()]
-    lines += ["", "| tokens | data | forward ms | backward ms | µs a token | against the shortest |", "|---" * 6 + "|"]  # fmt: skip
+    lines += ["", "| tokens | data | forward ms | backward ms | µs a token | against the shortest |"]
+    lines += ["|---" * 6 + "|"]
     for row in rows:
         first = next(r for r in rows if r["data"] == row["data"])
-        times = [f"{low:.2f} {middle:.2f} {high:.2f}" for low, middle, high in (row["forward_ms"], row["backward_ms"])]  # fmt: skip
-        grown = row["us_per_token"] / first["us_per_token"]
-        lines.append(f"| {row['tokens']} | {row['data']} | {times[0]} | {times[1]} | {row['us_per_token']:.3f} | {grown:.2f} |")  # fmt: skip
+        cells = [str(row["tokens"]), row["data"]]
+        for low, middle, high in (row["forward_ms"], row["backward_ms"]):
+            cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
+        cells += [f"{row['us_per_token']:.3f}", f"{row['us_per_token'] / first['us_per_token']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     result = "\n".join(lines) + "\n"
     (folder / "text.md").write_text(result)
     return result

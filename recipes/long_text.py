@@ -187,7 +187,13 @@ def measure(run: Run, windows: torch.Tensor) -> dict:
 
 
 def train(
-    variant: Variant, seed: int, setting: Setting, books: Books, windows: torch.Tensor, equal: dict, folder: Path
+    variant: Variant,
+    seed: int,
+    setting: Setting,
+    books: Books,
+    windows: torch.Tensor,
+    equal: dict,
+    folder: Path,
 ) -> dict:
     """One row: the model after equal bytes and after equal seconds. The last one measured is kept as a folder in `folder`."""
     Run(variant, seed, setting, books).steps_of(WARM)  # compiles, in whatever process, before time counts
@@ -331,7 +337,9 @@ def main() -> None:
             if time.perf_counter() - began + took > 60 * given.budget_minutes * 1.05:
                 print(f"{name} seed {seed} is left out: the time ended. The same command goes on with it.")
                 continue
-            data["rows"].append(train(setting.variants()[name], seed, setting, books, windows, data["equal"], given.out))
+            data["rows"].append(
+                train(setting.variants()[name], seed, setting, books, windows, data["equal"], given.out)
+            )
             results.write()
             print(f"{name} seed {seed}: {time.perf_counter() - began:.0f} s so far", flush=True)
     print(report(results.path))

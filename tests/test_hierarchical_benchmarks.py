@@ -1,8 +1,10 @@
 """The benchmarks of hierarchical attention run, check before they time, and write what they say. No claim about speed."""
 
+import gzip
 import importlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,48 @@ def test_every_declared_case_is_one_the_kernels_take(monkeypatch):
             assert operation.unsupported(q, q, pattern, True) is None
     assert {case.tokens for case in cases.CASES if case.group == "cost"} == {2**16, 2**18, 2**20, 2**22}
     assert max(case.tokens for case in cases.CASES if case.group == "memory") == 2**20
+
+
+def test_the_growth_on_a_text(script, tmp_path):
+    from longnet import HierarchicalPattern, LongNetConfig, LongNetForCausalLM
+
+    tree = asdict(HierarchicalPattern(block=16, radix=4, window_blocks=2, top_k=2, beam=4))
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LongNetConfig(attention="hierarchical", hierarchical=tree, num_key_value_heads=1, **size)
+    LongNetForCausalLM(config).save_pretrained(tmp_path / "model")
+    books = tmp_path / "books.jsonl.gz"
+    with gzip.open(books, "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"text": x * 50}) + "\n" for x in ("One. ", "Two, two. "))
+    options = ("--model", tmp_path / "model", "--books", books, "--device", "cpu", "--out", tmp_path)
+    out = script("hierarchical_text", *options, "--layers", 0, 1, "--tokens", 128, 512)
+    rows = json.loads((tmp_path / "text.json").read_text())["rows"]
+    assert [(row["tokens"], row["data"]) for row in rows] == [
+        *((n, data) for n in (128, 512) for data in ("text, layer 0", "random")),
+        (128, "text, layer 1"),
+        (512, "text, layer 1"),
+    ]
+    assert (tmp_path / "text.md").read_text() in out
+    with pytest.raises(SystemExit, match="it holds 750"):
+        script("hierarchical_text", *options, "--tokens", 1000)
+
+
+def test_what_is_timed_on_a_text_is_the_layers_own(monkeypatch):
+    """The projections that are taken give the layer's output."""
+    from longnet import LongNetConfig, LongNetForCausalLM
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("hierarchical_text")
+    config = LongNetConfig(
+        attention="hierarchical", hidden_size=32, intermediate_size=32, num_hidden_layers=2
+    )
+    model, outputs = LongNetForCausalLM(config).eval(), []
+    attention = model.model.layers[1].attention
+    attention.o_proj.register_forward_pre_hook(lambda layer, inputs: outputs.append(inputs[0]))
+    ids = torch.randint(4, 260, (1, 100))
+    tensors, rotary = module.projections(model, ids, 1)
+    torch.testing.assert_close(attention._attend(*tensors, rotary, None, None).flatten(2), outputs[0])
+    model.model(input_ids=ids)
+    torch.testing.assert_close(outputs[1], outputs[0])
 
 
 def test_a_stream_of_bounded_memory(script, tmp_path):

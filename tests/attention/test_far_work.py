@@ -36,3 +36,23 @@ def test_descriptors_of_rows_have_strides_that_hardware_takes():
         assert all(stride > 0 and stride % 4 == 0 for stride in rows.strides[:3])
         assert rows.strides[3] == 1
         assert rows.base.as_strided(rows.shape, rows.strides).equal(given)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 1, 128), (16, 1, 128), (8, 8, 64), (1, 1, 16)])
+def test_chunks_of_long_texts_are_few_and_their_numbers_have_31_bits(heads, key_heads, width):
+    from longnet.attention.far_work import Geometry, shape_of
+    from longnet.attention.opened_work import CHUNK_BYTES, chunks_of
+
+    pattern = HierarchicalPattern(radix=8, top_k=16, beam=16)
+    for tokens in (2000, 2**16 + 1, 2**20, 2**22):
+        q = torch.empty(1, tokens, heads, width, dtype=torch.bfloat16, device="meta")
+        shape = shape_of(q, q[:, :, :key_heads])
+        chunks = chunks_of(q, shape, Geometry.of(pattern, tokens))
+        # They follow each other from the first token that sees far.
+        assert [c.first for c in chunks] == [512, *(c.first + c.tokens for c in chunks[:-1])]
+        assert chunks[-1].first < tokens <= chunks[-1].first + chunks[-1].tokens < tokens + 64
+        place = heads * width * q.element_size()
+        assert all(c.tokens * shape.group * pattern.top_k * width < 2**31 for c in chunks)
+        assert all(c.tokens * place * pattern.top_k <= max(CHUNK_BYTES, tokens * place) for c in chunks)
+        # Each reads every leaf before it: cost is linear while their number stays bounded.
+        assert len(chunks) <= 66

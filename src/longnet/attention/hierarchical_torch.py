@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from longnet.patterns import HierarchicalPattern
 
 # Query tokens per group: bounds the gathered keys of opened blocks. A GPU takes more tokens at once, as long as what is
-# gathered of keys and values stays below so many elements.
-GROUP, GROUP_CUDA, GATHERED = 256, 4096, 2**28
+# gathered of keys and values stays below so many elements; and FORWARD times as many where no gradients are wanted, for which a
+# group's intermediate results would live on together. Smaller groups leave it waiting for the host.
+GROUP, GROUP_CUDA, GATHERED, FORWARD = 256, 4096, 2**28, 4
 
 
 class Far(NamedTuple):
@@ -60,7 +61,8 @@ def attend(
     per group (begin, {level: opened (B, n, K, places), -1 where nothing}).
     """
     outs, sums = [], []
-    for part in parts(start, q.shape[1], k_local, pattern):
+    times = 1 if torch.is_grad_enabled() else FORWARD
+    for part in parts(start, q.shape[1], k_local, pattern, times):
         arguments = (
             q[:, part],
             q_local[:, part],
@@ -82,12 +84,13 @@ def attend(
     return torch.cat(outs, 1), torch.cat(sums, 2)
 
 
-def parts(start: int, count: int, k: Tensor, pattern: HierarchicalPattern) -> Iterator[slice]:
-    """The `count` queries from position `start` on in groups that are either within a block or whole blocks."""
+def parts(start: int, count: int, k: Tensor, pattern: HierarchicalPattern, times: int = 1) -> Iterator[slice]:
+    """The `count` queries from position `start` on in groups that are either within a block or whole blocks, on a GPU `times` as
+    many at once."""
     group = GROUP
     if k.is_cuda:
         per_token = 2 * k.shape[0] * k.shape[2] * k.shape[3] * max(1, pattern.top_k) * pattern.block
-        group = max(GROUP, min(GROUP_CUDA, GATHERED // per_token))
+        group = times * max(GROUP, min(GROUP_CUDA, GATHERED // per_token))
     whole, begin = max(1, group // pattern.block) * pattern.block, 0
     while begin < count:
         into, left = (start + begin) % pattern.block, count - begin

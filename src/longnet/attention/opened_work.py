@@ -28,8 +28,8 @@ CHILD_READERS, CHILD_ITEMS = 128, 2**15
 # Neighbouring nodes whose gradients one program sums: the columns of its products, the bits of a reader's words.
 COLUMNS = 32
 
-# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens. Every chunk reads all leaves before it, so in
-# longer texts chunks grow: until a leaf has LEAF_ROWS rows of queries on average, or the buffer has the bytes of q.
+# Bytes of the buffer that holds the results of opened leaves for one chunk of tokens. Every chunk reads all leaves before it, so
+# in longer texts chunks grow: until a leaf has LEAF_ROWS rows of queries on average, or the buffer has the bytes of q.
 CHUNK_BYTES, LEAF_ROWS = 2**30, 256
 
 
@@ -55,7 +55,7 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(q: Tensor, shape: Shape, geometry: Geometry) -> tuple[Chunk, ...]:
-    """The sequence in chunks of whole blocks whose places' results fit in the buffer, and their and the queries' offsets in 31 bits."""
+    """The sequence in chunks of whole blocks: places' results fit in the buffer, their and the queries' offsets in 31 bits."""
     row = shape.width * q.element_size()
     token = shape.batch * shape.heads * row
     longer = min(token * shape.tokens, LEAF_ROWS * geometry.sizes[0] * shape.pairs * row)
@@ -123,8 +123,8 @@ class Routes(NamedTuple):
         return cls(opened, whole(*lead), whole(*lead, geometry.beam))
 
 
-# Columns that a kernel reads at a time divide it: lists are filled up to it.
-PAD = 64
+# Columns that a kernel reads at a time divide it: lists are filled up to it. Columns that are marked at a time.
+PAD, MARKED = 64, 256
 
 
 class Tables:
@@ -153,24 +153,33 @@ class Tables:
 
     def unite(self, routes: Routes, level: int, count: int = 1) -> None:
         """The columns below `level` and the `count` - 1 levels above it, from what the tokens opened there."""
-        entries = self.chunk.tile * self.geometry.beam
+        geometry = self.geometry
+        entries = self.chunk.tile * geometry.beam
+        wide = max(geometry.sizes) * entries >= 2**31 - 1
         scratch = torch.empty(
-            count, *self.rows.shape[1:3], entries, dtype=torch.int64, device=self.rows.device
+            count,
+            *self.rows.shape[1:3],
+            entries,
+            dtype=torch.int64 if wide else torch.int32,
+            device=self.rows.device,
         )
         routing.unite[(*self.grid, count)](
             routes.opened, scratch, self.united, self.members, self.places, self.sizes,
-            self.shape.tokens, self.geometry.levels, level, self.chunk.first, self.most,
-            T=self.chunk.tile, BEAM=self.geometry.beam, WIDTH=self.geometry.width, num_warps=2,
+            self.shape.tokens, geometry.levels, level, self.chunk.first, self.most,
+            T=self.chunk.tile, BEAM=geometry.beam, WIDTH=geometry.width, WIDE=wide,
+            BITS=self.chunk.tile + geometry.beam.bit_length(), num_warps=2,
         )  # fmt: skip
 
     def mark(self, routes: Routes, entropy: Tensor, offsets: Tensor, level: int | None = None) -> None:
         """The columns that a `level`'s tokens see; of all levels, those that stay summaries."""
         geometry = self.geometry
+        tile = {"T": self.chunk.tile, "PARENTS": max(1, MARKED // geometry.radix), "PAD": PAD}
+        tile["REST"] = triton.next_power_of_2(geometry.listed + PAD)
         routing.mark[(*self.grid, geometry.levels if level is None else 1)](
             routes.base_bits, routes.child_bits, self.united, self.members, self.places, self.sizes, offsets, entropy,
             *self.lists, self.shape.tokens, entropy.shape[1], self.shape.key_heads, geometry.levels, level or 0,
-            self.chunk.first, self.most, self.columns, KEPT=level is None,
-            T=self.chunk.tile, BC=128, BEAM=geometry.beam, PAD=PAD, num_warps=4, **cover_constants(geometry),
+            self.chunk.first, self.most, self.columns, KEPT=level is None, BEAM=geometry.beam, num_warps=2,
+            **tile, **cover_constants(geometry),
         )  # fmt: skip
 
     @classmethod

@@ -54,109 +54,129 @@ def places_of(
 
 
 @triton.jit
-def column_nodes(c, union_size, lo, united, RADIX: tl.constexpr):
-    """Node number of column c."""
-    is_child = c < union_size * RADIX
-    parent = tl.load(united + c // RADIX, is_child, 0)
-    return tl.where(is_child, parent * RADIX + c % RADIX, lo + c - union_size * RADIX)
-
-
-@triton.jit
 def unite(
     opened, scratch, united, members, places, sizes, num_tokens, levels, first_level, first_token, most,
-    T: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
+    T: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The nodes of a level, first_level + z, that any token of a tile opened: the columns of the level below it.
 
     Tables of the level below, one level after the other: united (pairs, tiles, most) int32, ascending; sizes (pairs, tiles)
-    int32; members (pairs, tiles, most) int32: bit t, token t opened it; places (pairs, tiles, most, T) int16, -1 where it did
-    not: at which place. scratch (., pairs, tiles, T BEAM) int64.
+    int32; members (pairs, tiles, most) int32: bit t, token t opened it; places (pairs, tiles, most, T) int16: at which place,
+    where it did. scratch (., pairs, tiles, T BEAM), int64 if WIDE: numbers of nodes times T BEAM need it. BITS: those of a sum
+    of BEAM sets of tokens.
     """
     E: tl.constexpr = T * BEAM
-    NOTHING: tl.constexpr = 1 << 60
+    NOTHING: tl.constexpr = (1 << 60) if WIDE else (1 << 31) - 1
     pair = tl.program_id(1).to(tl.int64)
     level = first_level + tl.program_id(2)
     tables = tl.num_programs(0) * tl.num_programs(1)
     tile = pair * tl.num_programs(0) + tl.program_id(0)
     scratch += (tl.program_id(2) * tables + tile) * E
     tile += (level - 1) * tables
+    united += tile * most
+    members += tile * most
+    places += tile * most * T
     e = tl.arange(0, E)
-    token = first_token + tl.program_id(0) * T + e // BEAM
-    at = ((pair * num_tokens + token) * levels + level) * WIDTH + e % BEAM
-    node = tl.load(opened + at, token < num_tokens, -1).to(tl.int64)
+    t0 = first_token + tl.program_id(0) * T
+    opened += ((pair * num_tokens + t0) * levels + level) * WIDTH
+    node = tl.load(opened + e // BEAM * levels * WIDTH + e % BEAM, t0 + e // BEAM < num_tokens, -1)
+    if WIDE:
+        node = node.to(tl.int64)
     key = tl.sort(tl.where(node >= 0, node * E + e, NOTHING))
     tl.store(scratch + e, key)
     tl.debug_barrier()
-    before = tl.load(scratch + e - 1, e > 0, NOTHING)
     some = key < NOTHING
-    new = some & (before // E != key // E)
-    u = tl.cumsum(new.to(tl.int32), 0) - 1
-    size = tl.sum(new.to(tl.int32), 0)
-    tl.store(united + tile * most + u, (key // E).to(tl.int32), new)
-    tl.store(sizes + tile, size)
-    for t in tl.static_range(T):
-        tl.store(places + (tile * most + e) * T + t, -1, e < size)
-    tl.debug_barrier()
+    node = key // E
+    new = some & (tl.load(scratch + e - 1, e > 0, NOTHING) // E != node)
+    last = some & (tl.load(scratch + e + 1, e < E - 1, NOTHING) // E != node)
     entry = (key % E).to(tl.int32)
-    tl.store(places + (tile * most + u) * T + entry // BEAM, (entry % BEAM).to(tl.int16), some)
+    # One running sum counts the nodes and, in its lower BITS, adds up the tokens; a node's set is the difference along its run.
+    token = tl.where(some, 1 << (entry // BEAM), 0).to(tl.int64)
+    total = tl.cumsum((new.to(tl.int64) << BITS) + token, 0)
+    u = (total >> BITS).to(tl.int32) - 1
+    tokens = total & ((1 << BITS) - 1)
+    tl.store(sizes + tile, tl.sum(new.to(tl.int32), 0))
+    tl.store(united + u, node.to(tl.int32), new)
+    tl.store(places + u * T + entry // BEAM, (entry % BEAM).to(tl.int16), some)
+    tl.store(members + u, (tokens - token).to(tl.int32), new)
     tl.debug_barrier()
-    bits = tl.zeros((E,), tl.int32)
-    for t in tl.static_range(T):
-        place = tl.load(places + (tile * most + e) * T + t, e < size, -1)
-        bits |= (place >= 0).to(tl.int32) << t
-    tl.store(members + tile * most + e, bits, e < size)
+    before = tl.load(members + u, last, 0)
+    tl.store(members + u, tokens.to(tl.int32) - before, last)
+
+
+@triton.jit
+def store_columns(rows, records, c, row, h, bits, ok):
+    """Columns c: the rows of their summaries, and as records the entropies (log2) and who sees them."""
+    h *= 1.4426950408889634
+    record = (h.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
+    tl.store(rows + c, row, ok)
+    tl.store(records + c, record, ok)
 
 
 @triton.jit
 def mark(
     base_bits, child_bits, united, members, places, sizes, offsets, entropy, rows, records, totals,
     num_tokens, num_nodes, num_key_heads, levels, first_level, first_token, most, columns,
-    BLOCK: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
-    GUARD: tl.constexpr, BEAM: tl.constexpr, PAD: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, T: tl.constexpr, PARENTS: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
+    GUARD: tl.constexpr, BEAM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The columns of level first_level + z, as the kernels over tiles read them, PAD at a time.
 
     rows (levels, pairs, tiles, columns) int32: the row of a column's summary. records alike, int64: above, its entropy (log2)
     as fp32; below, bit t: token t of the tile sees it and, if KEPT, did not open it. totals (levels, pairs, tiles): columns.
+    REST: a power of two that listed nodes and PAD together do not exceed.
     """
+    TOGETHER: tl.constexpr = T if T * RADIX <= 64 else 64 // RADIX
     pair = tl.program_id(1).to(tl.int64)
+    kh = (pair % num_key_heads).to(tl.int32)
     level = first_level + tl.program_id(2)
     tile = (level * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
-    b = pair // num_key_heads
     t0 = first_token + tl.program_id(0) * T
+    slot = (pair * num_tokens + t0) * levels + level
     lo, hi = list_of_level(tl.maximum(0, t0 // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
     union_size = tl.load(sizes + tile, level < levels - 1, 0)
     size = union_size * RADIX + hi - lo
     tl.store(totals + tile, size)
-    first_row = b * num_nodes + tl.load(offsets + level)
-    for begin in range(0, size, BC):
-        c = begin + tl.arange(0, BC)
-        node = column_nodes(c, union_size, lo, united + tile * most, RADIX)
-        row = ((first_row + node) * num_key_heads + pair % num_key_heads).to(tl.int32)
-        row = tl.where(c < size, row, 0)
-        h = tl.load(entropy + row) * 1.4426950408889634
-        is_child = c < union_size * RADIX
+    first_row = (pair // num_key_heads).to(tl.int32) * num_nodes + tl.load(offsets + level)
+    rows += tile * columns
+    records += tile * columns
+    united += tile * most
+    members += tile * most
+    places += tile * most * T
+    child = tl.arange(0, RADIX)[None, :]
+    for begin in range(0, union_size, PARENTS):
+        p = begin + tl.arange(0, PARENTS)
+        ok = p < union_size
+        member = tl.load(members + p, ok, 0)
         if KEPT:
-            listed = tl.where(is_child, 0, c - union_size * RADIX) & 31
-            bits = tl.zeros((BC,), tl.int32)
-            for t in tl.static_range(T):
-                inside = t0 + t < num_tokens
-                slot = (pair * num_tokens + t0 + t) * levels + level
-                place = tl.load(places + (tile * most + c // RADIX) * T + t, is_child & inside, -1).to(
-                    tl.int32
-                )
-                word = tl.load(child_bits + slot * BEAM + place, place >= 0, -1)
-                word = tl.where(
-                    is_child, word >> (c % RADIX), tl.load(base_bits + slot, inside, -1) >> listed
-                )
-                bits |= (1 - (word & 1)) << t
+            bits = tl.zeros((PARENTS, RADIX), tl.int32)
+            for first in tl.static_range(0, T, TOGETHER):
+                # The children that tokens first, first + 1, .. did not open, RADIX bits each.
+                words = tl.zeros((PARENTS,), tl.int64)
+                for i in tl.static_range(TOGETHER):
+                    opens = ok & ((member >> (first + i)) & 1 != 0)
+                    place = tl.load(places + p * T + first + i, opens, 0).to(tl.int32)
+                    word = tl.load(child_bits + (slot + (first + i) * levels) * BEAM + place, opens, -1)
+                    words |= (~word.to(tl.int64) & ((1 << RADIX) - 1)) << (RADIX * i)
+                for i in tl.static_range(TOGETHER):
+                    bits |= ((words[:, None] >> (RADIX * i + child)) & 1).to(tl.int32) << (first + i)
         else:
-            bits = tl.where(is_child, tl.load(members + tile * most + c // RADIX, is_child, 0), -1)
-        bits = tl.where(c < size, bits, 0)
-        record = (h.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
-        ok = c < (size + PAD - 1) // PAD * PAD
-        tl.store(rows + tile * columns + c, row, ok)
-        tl.store(records + tile * columns + c, record, ok)
+            bits = member[:, None] + tl.zeros((PARENTS, RADIX), tl.int32)
+        row = (first_row + tl.load(united + p, ok, 0)[:, None] * RADIX + child) * num_key_heads + kh
+        here = ok[:, None] & (child >= 0)
+        h = tl.load(entropy + row, here, 0.0)
+        store_columns(rows, records, p[:, None] * RADIX + child, row, h, bits, here)
+    listed = tl.arange(0, REST)
+    is_listed = listed < hi - lo
+    bits = tl.where(is_listed, -1, 0)
+    if KEPT:
+        for t in tl.static_range(T):
+            word = tl.load(base_bits + slot + t * levels, t0 + t < num_tokens, -1)
+            bits ^= tl.where(is_listed, ((word >> (listed & 31)) & 1) << t, 0)
+    row = tl.where(is_listed, (first_row + lo + listed) * num_key_heads + kh, 0)
+    h = tl.load(entropy + row)
+    c = union_size * RADIX + listed
+    store_columns(rows, records, c, row, h, bits, c < (size + PAD - 1) // PAD * PAD)
 
 
 @triton.jit
@@ -236,16 +256,13 @@ def score(
             p = tl.exp2(tl.minimum(s - top[:, None], 0.0)) * share[:, None]
             p = tl.sum(tl.reshape(p, (T, GP, BC)), 1)
             c = begin + tl.arange(0, BC)
-            is_child = c < union_size * RADIX
-            place = tl.load(
-                places + (tile * most + c // RADIX)[None, :] * T + t[:, None], is_child[None, :], 0
-            ).to(tl.int32)
-            at = tl.where(
-                is_child[None, :],
-                place * RADIX + (c % RADIX)[None, :],
-                (parents * RADIX + c - union_size * RADIX)[None, :],
-            )
-            tl.store(to + at, p, (place >= 0) & (c < size)[None, :] & (t0 + t < num_tokens)[:, None])
+            is_child = (c < union_size * RADIX)[None, :]
+            sees = (bits[None, :] >> t[:, None]) & 1 != 0
+            at_place = places + (tile * most + c // RADIX)[None, :] * T + t[:, None]
+            place = tl.load(at_place, sees & is_child, 0).to(tl.int32)
+            listed = (parents * RADIX + c - union_size * RADIX)[None, :]
+            at = tl.where(is_child, place * RADIX + (c % RADIX)[None, :], listed)
+            tl.store(to + at, p, sees & (t0 + t < num_tokens)[:, None])
 
 
 @triton.jit
