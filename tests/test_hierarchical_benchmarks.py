@@ -114,9 +114,8 @@ def test_what_is_timed_on_a_text_is_the_layers_own(monkeypatch):
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("hierarchical_text")
-    config = LongNetConfig(
-        attention="hierarchical", hidden_size=32, intermediate_size=32, num_hidden_layers=2
-    )
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LongNetConfig(attention="hierarchical", **size)
     model, outputs = LongNetForCausalLM(config).eval(), []
     attention = model.model.layers[1].attention
     attention.o_proj.register_forward_pre_hook(lambda layer, inputs: outputs.append(inputs[0]))
