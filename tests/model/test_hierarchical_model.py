@@ -40,7 +40,11 @@ def tokens(batch, n, seed=0):
 
 
 @pytest.mark.parametrize("attention", ["hierarchical", ["hierarchical", "dilated"]])
-@pytest.mark.parametrize("tree", [TREE, BOUNDED, TREE | {"levels": 2}])
+@pytest.mark.parametrize(
+    "tree",
+    # The last keeps more nodes than leaves of tokens: no leaf may be opened.
+    [TREE, BOUNDED, TREE | {"levels": 2}, TREE | {"retention": [8, 12]}],
+)
 @pytest.mark.parametrize("chunks", [(1,) * 60, (130,), (3, 1, 40, 1, 25, 60), (8, 4, 4, 12, 36, 1, 1, 64)])
 def test_a_stream_equals_the_parallel_pass(chunks, tree, attention):
     network = model(tree, attention)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from longnet.attention.hierarchical_lists import Lists
 from longnet.patterns import HierarchicalPattern
 
 # Query tokens per group: bounds the gathered keys of opened blocks. A GPU takes more tokens at once, as long as what is
@@ -61,6 +63,9 @@ def attend(
     per group (begin, {level: opened (B, n, K, places), -1 where nothing}).
     """
     outs, sums = [], []
+    # Vectors are read by number, so from whole tensors.
+    levels: list = [tuple(x.contiguous() for x in level) for level in far.levels]
+    far = far._replace(k=far.k.contiguous(), v=far.v.contiguous(), levels=levels)
     times = 1 if torch.is_grad_enabled() else FORWARD
     for part in parts(start, q.shape[1], k_local, pattern, times):
         arguments = (
@@ -101,49 +106,6 @@ def parts(start: int, count: int, k: Tensor, pattern: HierarchicalPattern, times
         )
         yield slice(begin, begin + size)
         begin += size
-
-
-class Lists(NamedTuple):
-    """What some blocks of queries list: bounds (levels, 4, blocks), left lo and hi, right lo and hi; `longest` of every level,
-    the nodes of the longest list left and right; least (levels, blocks), the first node that may be opened.
-
-    What sizes a tensor is kept on the host: asking the device for it would wait for all that was queued.
-    """
-
-    bounds: Tensor
-    longest: tuple[tuple[int, int], ...]
-    least: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        pattern: HierarchicalPattern,
-        num_tokens: int,
-        causal: bool,
-        first: int,
-        count: int,
-        device: torch.device,
-    ) -> Lists:
-        # The causal lists of a block are the same from its first token to its last.
-        whole = -(-num_tokens // pattern.block) * pattern.block if causal else num_tokens
-        return _lists(pattern, whole, causal, first, count, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _lists(
-    pattern: HierarchicalPattern, num_tokens: int, causal: bool, first: int, count: int, device: torch.device
-) -> Lists:
-    bounds = pattern.bounds(num_tokens, causal, first, count)
-    longest = (bounds[:, 1::2] - bounds[:, ::2]).max(-1)
-    blocks, levels = range(first, first + count), range(len(bounds))
-    least = [[pattern.first_openable(block, level) for block in blocks] for level in levels]
-    found = (_upload(torch.from_numpy(bounds), device), tuple(map(tuple, longest.tolist())))
-    return Lists(*found, _upload(torch.tensor(least), device))
-
-
-def _upload(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without waiting for what was queued there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _group(
@@ -195,10 +157,11 @@ class Group:
         lists = Lists.of(self.pattern, self.num_tokens, self.causal, *span, self.q.device)
         opened = None
         for level in range(len(far.levels) - 1, -1, -1):
-            nodes = _candidates(lists, level, opened, self.pattern, self.q.shape)
+            nodes = _candidates(lists, level, opened, self.pattern, self.causal, self.q.shape)
             opened = None
             if nodes is not None:
-                rest = (far, self.pattern, self.parameters, lists.least[level])
+                least = None if lists.least is None else lists.least[level][None, :, None, None, None]
+                rest = (far, self.pattern, self.causal, self.parameters, least)
                 opened = _add_summaries(self.state, self.q, nodes, level, *rest)
             if opened is not None:
                 chosen[level] = opened
@@ -207,7 +170,7 @@ class Group:
     def add_leaves(self, opened: Tensor | None, far: Far) -> None:
         """Attend to the tokens of opened leaves."""
         if opened is not None:
-            _add_leaves(self.state, self.q, opened, far, self.pattern, self.parameters)
+            _add_leaves(self.state, self.q, opened, far, self.pattern, self.parameters, self.causal)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out (B, n, H, D), lse (B, H, n)."""
@@ -216,34 +179,41 @@ class Group:
 
 
 class _Softmax:
-    """Pieces of one softmax: logits (..., items) and their values, joined at the end."""
+    """Pieces of one softmax: the log of a piece's mass, the least finite number where it is empty, and its mean of the values."""
 
     def __init__(self, work: torch.dtype) -> None:
-        self.work = work
+        self.work, self.least = work, torch.finfo(work).min
         self.pieces: list[tuple[Tensor, Tensor]] = []
 
     def add(self, logits: Tensor, values: Tensor, equation: str) -> None:
         """logits (B, blocks, rows, K, G, items); values such that einsum(equation, p, values) has shape (..., D)."""
-        top = logits.amax(-1, keepdim=True).detach()
-        top = torch.where(top == -torch.inf, 0, top)
-        p = torch.exp(logits - top)
-        total = p.sum(-1)
-        out = torch.einsum(equation, p.to(values.dtype), values).to(self.work)
-        # (log of the piece's mass, its unnormalised mean)
-        self.pieces.append((torch.where(total > 0, torch.log(torch.where(total > 0, total, 1)) + top[..., 0], -torch.inf),
-                            out / torch.where(total > 0, total, 1)[..., None]))  # fmt: skip
+        top, p = self.exponentials(logits)
+        self.join(top, p.sum(-1), torch.einsum(equation, p.to(values.dtype), values))
+
+    def exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest of the logits, finite, and exp(logits - largest), 0 where they are -inf."""
+        top = logits.detach().amax(-1, keepdim=True).clamp(min=self.least)
+        return top[..., 0], torch.exp(logits - top)
+
+    def join(self, top: Tensor, total: Tensor, out: Tensor) -> None:
+        """A piece of mass exp(top) total, total 0 or at least 1; out: total times its mean."""
+        total = total.clamp(min=1)
+        self.pieces.append((total.log() + top, out.to(self.work) / total[..., None]))
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """out (..., D), lse (...), -inf where nothing was seen."""
+        out, lse = self._joined()
+        return out, lse.masked_fill(lse <= self.least / 2, -torch.inf)
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
         masses = torch.stack([mass for mass, _ in self.pieces])
-        lse = torch.logsumexp(masses, 0)
-        finite = torch.where(lse == -torch.inf, 0, lse)
-        out = sum(torch.exp(mass - finite)[..., None] * mean for mass, mean in self.pieces)
-        return out, lse  # type: ignore[return-value]
+        means = torch.stack([mean for _, mean in self.pieces])
+        return (torch.softmax(masses, 0)[..., None] * means).sum(0), torch.logsumexp(masses, 0)
 
     def collapse(self) -> None:
         """Keep the pieces so far as one."""
         if self.pieces:
-            out, lse = self.result()
+            out, lse = self._joined()
             self.pieces = [(lse, out)]
 
 
@@ -254,121 +224,145 @@ def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_t
     # No farther than the text goes: a window may be wider than everything there is.
     left = min(window - 1, first_block + blocks - 1)
     right = 0 if causal else min(window - 1, max(0, (num_tokens - 1) // block - first_block))
-    block_index = torch.arange(first_block, first_block + blocks, device=device)
-    reach = torch.arange((left + 1 + right) * block, device=device)
-    token = (block_index - left)[:, None] * block + reach
-    row = position + torch.arange(blocks * rows, device=device).view(blocks, rows)
-    ok = (token >= 0) & (token < num_tokens)
-    at = (token - far.first_token).clamp(0, k_local.shape[1] - 1)
-    keys, values = k_local[:, at], far.v[:, at]  # (B, blocks, items, K, D)
-    visible = (
-        ok[:, None, :] & (token[:, None, :] <= row[..., None])
-        if causal
-        else ok[:, None, :].expand(-1, rows, -1)
-    )
-    visible = visible[None]
+    if blocks == 1:
+        begin = max(0, first_block - left) * block
+        end = position + rows if causal else min(num_tokens, (first_block + right + 1) * block)
+        token = torch.arange(begin, end, device=device)[None]
+        span = slice(begin - far.first_token, end - far.first_token)
+        keys, values, ok = k_local[:, None, span], far.v[:, None, span], None
+    else:
+        block_index = torch.arange(first_block, first_block + blocks, device=device)
+        token = (block_index - left)[:, None] * block + torch.arange(
+            (left + 1 + right) * block, device=device
+        )
+        at = (token - far.first_token).clamp(0, k_local.shape[1] - 1)
+        keys, values = k_local[:, at], far.v[:, at]  # (B, blocks, items, K, D)
+        ok = (token >= 0) & (token < num_tokens)
+    hidden = None if ok is None else ~ok[None, :, None]
+    if causal:
+        row = position + torch.arange(blocks * rows, device=device).view(1, blocks, rows, 1)
+        later = token[None, :, None] > row
+        hidden = later if hidden is None else hidden | later
     if parameters.lengths is not None:
-        visible = visible & (token < parameters.lengths[:, None, None])[:, :, None, :]
-        values = torch.where((ok & (token < parameters.lengths[:, None, None]))[..., None, None], values, 0)
+        beyond = (token >= parameters.lengths[:, None, None])[:, :, None]
+        hidden = beyond if hidden is None else hidden | beyond
+        values = values.masked_fill(beyond[:, :, 0, :, None, None], 0)
     logits = parameters.scale * torch.einsum("bnrkgd,bnckd->bnrkgc", q_local, keys).to(state.work)
-    logits = logits.masked_fill(~visible[:, :, :, None, None], -torch.inf)
+    if hidden is not None:
+        logits = logits.masked_fill(hidden[:, :, :, None, None], -torch.inf)
     state.add(logits, values, "bnrkgc,bnckd->bnrkgd")
 
 
-def _candidates(lists, level, opened, pattern, shape) -> Tensor | None:
-    """Candidates of a level, ascending, -1 where there is none: (B, blocks, rows, K, C), or None if nobody has any."""
-    batch, _, rows, key_heads = shape[:4]
-    bounds, device = lists.bounds[level], lists.bounds.device
-    parts = []
-    for side, longest in enumerate(lists.longest[level]):
-        if longest > 0:
-            lo, hi = bounds[2 * side], bounds[2 * side + 1]
-            node = lo[:, None] + torch.arange(longest, device=device)
-            node = torch.where(node < hi[:, None], node, -1)
-            parts.append(node[None, :, None, None].expand(batch, -1, rows, key_heads, -1))
+def _candidates(lists, level, opened, pattern, causal, shape) -> Tensor | None:
+    """Candidates of a level (B, blocks, rows, K, C), ascending but for the -1 where there is none, or None if nobody has any."""
+    batch, blocks, rows, key_heads = shape[:4]
+    parts = [x[None, :, None, None].expand(batch, blocks, rows, key_heads, -1) for x in lists.nodes[level]]
     if opened is not None and opened.shape[-1]:
-        children = opened[..., None] * pattern.radix + torch.arange(pattern.radix, device=device)
-        parts.append(torch.where(opened[..., None] >= 0, children, -1).flatten(-2))
+        children = opened[..., None] * pattern.radix + torch.arange(pattern.radix, device=opened.device)
+        # Those of a left list's parents lie before the level's left list.
+        parts.insert(0, children.masked_fill(opened[..., None] < 0, -1).flatten(-2))
     if not parts:
         return None
-    return parts[0] if len(parts) == 1 else _ascending(torch.cat(parts, -1))
+    nodes = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return nodes if causal else nodes.sort(-1).values
 
 
-def _ascending(nodes: Tensor) -> Tensor:
-    """Sorted, with the -1 at the end."""
-    last = torch.iinfo(nodes.dtype).max
-    nodes = torch.where(nodes < 0, last, nodes).sort(-1).values
-    return torch.where(nodes == last, -1, nodes)
-
-
-def _rows_of(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, M, K, ...) at index (B, blocks, rows, K, C) along M: (B, blocks, rows, K, C, ...)."""
-    b, kh = _corners(x.shape[0], x.shape[2], x.device)
-    return x[b, index, kh]
+def _flat(index: Tensor, x: Tensor) -> Tensor:
+    """index (B, blocks, rows, K, C) along M of x (B, M, K, ...), as numbers of x's vectors."""
+    batch, count, key_heads = x.shape[:3]
+    if batch * key_heads == 1:
+        return index
+    return index * key_heads + _corners(batch, count * key_heads if batch > 1 else 0, key_heads, x.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _corners(batch: int, key_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """0, 1, .. along the first and the fourth of five dimensions."""
-    with torch.inference_mode(False):  # a later backward pass keeps them
-        b, kh = (torch.arange(count, device=device) for count in (batch, key_heads))
-    return b.view(-1, 1, 1, 1, 1), kh.view(1, 1, 1, -1, 1)
+@torch.inference_mode(False)
+def _corners(batch: int, stride: int, key_heads: int, device: torch.device) -> Tensor:
+    """The first number of every sequence and key head, (B, 1, 1, K, 1)."""
+    sequence = torch.arange(batch, device=device) * stride
+    return sequence.view(-1, 1, 1, 1, 1) + torch.arange(key_heads, device=device).view(-1, 1)
 
 
-def _add_summaries(state, q, nodes, level, far, pattern, parameters, least) -> Tensor | None:
-    """Score the candidates, open the best, attend to the others. Returns the opened ones, ascending, -1 filled."""
-    kbar, vbar, mass, entropy = far.levels[level]
-    size = kbar.shape[1]
-    at = nodes - far.first_node[level]
-    ok = (nodes >= 0) & (at < size)
-    at = at.clamp(0, size - 1)
-    ok = ok & (_rows_of(mass, at) > -torch.inf)
-    bias = parameters.level_bias[:, level].view(1, 1, 1, *q.shape[3:5], 1)
-    logits = parameters.scale * torch.einsum("bnrkgd,bnrkcd->bnrkgc", q, _rows_of(kbar, at)).to(state.work)
-    logits = logits + _rows_of(entropy, at)[..., None, :] + bias
-    logits = logits.masked_fill(~ok[..., None, :], -torch.inf)
-    opened, unopened = None, ok
-    count = min(pattern.opened(level), nodes.shape[-1])
-    if count:
-        with torch.no_grad():
-            some = ok.any(-1)[..., None, None]
-            score = torch.softmax(torch.where(some, logits, 0), -1).mean(-2)
-            score = torch.where(ok & (nodes >= least[None, :, None, None, None]), score, -1)
-            best = score.sort(stable=True, dim=-1, descending=True)
-            places = best.indices[..., :count]
-            taken = best.values[..., :count] >= 0
-            unopened = ok.scatter(-1, places, ok.gather(-1, places) & ~taken)
-            opened = _ascending(torch.where(taken, nodes.gather(-1, places), -1))
-    state.add(
-        logits.masked_fill(~unopened[..., None, :], -torch.inf), _rows_of(vbar, at), "bnrkgc,bnrkcd->bnrkgd"
-    )
+def _rows_of(x: Tensor, numbers: Tensor) -> Tensor:
+    """Vectors or scalars of x (B, M, K, ...), by number. Their gradient is a sum in a fixed order on any device."""
+    if x.dim() == 3:
+        return F.embedding(numbers, x.reshape(-1, 1))[..., 0]
+    return F.embedding(numbers, x.reshape(-1, x.shape[3]))
+
+
+def _routed(q, nodes, level, far, parameters, bias) -> Tensor:
+    """scale q . kbar + entropy + bias (B, blocks, rows, K, G, C) of nodes (B, blocks, rows, K, C), from the first kept."""
+    kbar, _, _, entropy = far.levels[level]
+    nodes = _flat(nodes, kbar)
+    products = q @ _rows_of(kbar, nodes).transpose(-1, -2)
+    return torch.add(_rows_of(entropy, nodes)[..., None, :] + bias, products, alpha=parameters.scale)
+
+
+def _add_summaries(state, q, nodes, level, far, pattern, causal, parameters, least) -> Tensor | None:
+    """Score the candidates, open the best, attend to the others. Returns the opened ones, ascending, the -1 first."""
+    _, vbar, mass, _ = far.levels[level]
+    at, hidden = nodes - far.first_node[level] if far.first_node[level] else nodes, nodes < 0
+    if not causal:  # the last parent may lack children
+        hidden = hidden | (at >= vbar.shape[1])
+    at = at.clamp(0, vbar.shape[1] - 1)
+    if parameters.lengths is not None:
+        hidden = hidden | (_rows_of(mass, _flat(at, mass)) == -torch.inf)
+    logits = _routed(q, at, level, far, parameters, _bias_of(parameters, level, q))
+    opened = None
+    if count := min(pattern.opened(level), nodes.shape[-1]):
+        closed = hidden if least is None else hidden | (nodes < least)
+        if count == nodes.shape[-1]:
+            opened = nodes.masked_fill(closed, -1).sort(-1).values
+            hidden = hidden | ~closed
+        else:
+            opened, places, taken = _best(logits.detach(), nodes, hidden, closed, count, state.least)
+            hidden = hidden.scatter(-1, places, hidden.gather(-1, places) | taken)
+    logits = logits.masked_fill(hidden[..., None, :], -torch.inf)
+    top, p = state.exponentials(logits)
+    state.join(top, p.sum(-1), p.to(vbar.dtype) @ _rows_of(vbar, _flat(at, vbar)))
     return opened
 
 
-def _add_leaves(state, q, opened, far, pattern, parameters) -> None:
+def _best(logits, nodes, hidden, closed, count, lowest) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` best scored nodes that are not closed, ascending, the -1 first; the places of the best; which were taken."""
+    score = (
+        torch.softmax(logits.masked_fill(hidden[..., None, :], lowest), -1).mean(-2).masked_fill(closed, -1)
+    )
+    best = score.sort(stable=True, dim=-1, descending=True)
+    places, taken = best.indices[..., :count], best.values[..., :count] >= 0
+    return nodes.gather(-1, places).masked_fill(~taken, -1).sort(-1).values, places, taken
+
+
+def _bias_of(parameters, level, q) -> Tensor:
+    return parameters.level_bias[:, level].view(1, 1, 1, *q.shape[3:5], 1)
+
+
+def _add_leaves(state, q, opened, far, pattern, parameters, causal) -> None:
     """Opened leaves: weight (1 - beta) lse + beta sbar, value the softmax mean of the leaf's tokens."""
-    kbar, _, _, entropy = far.levels[0]
-    ok = opened >= 0
-    leaf = (opened - far.first_node[0]).clamp(0, kbar.shape[1] - 1)
-    token = opened[..., None] * pattern.block + torch.arange(pattern.block, device=q.device)
-    if far.read is None:
-        at = (token - far.first_token).clamp(0, far.k.shape[1] - 1)
-        valid = ok[..., None] & (token - far.first_token < far.k.shape[1])
-        keys, values = (_rows_of(x, at.flatten(-2)).unflatten(-2, at.shape[-2:]) for x in (far.k, far.v))
-    else:
-        keys, values = far.read(leaf)
-        valid = ok[..., None].expand(token.shape)
+    leaf = (opened - far.first_node[0]).clamp(min=0)
+    token = leaf[..., None] * pattern.block + torch.arange(pattern.block, device=q.device)
+    token = token + (far.first_node[0] * pattern.block - far.first_token)
+    absent, valid = opened < 0, None
     if parameters.lengths is not None:
-        valid = valid & (token < parameters.lengths.view(-1, 1, 1, 1, 1, 1))
-    values = torch.where(valid[..., None], values, 0)
-    x = parameters.scale * torch.einsum("bnrkgd,bnrktcd->bnrkgtc", q, keys).to(state.work)
-    # An absent leaf gets logits of 0 here and a weight of -inf below.
-    x = x.masked_fill(~(valid | ~ok[..., None])[..., None, :, :], -torch.inf)
-    bias = parameters.level_bias[:, 0].view(1, 1, 1, *q.shape[3:5], 1)
+        valid = token + far.first_token < parameters.lengths.view(-1, 1, 1, 1, 1, 1)
+    if far.read is None:
+        last = far.k.shape[1] - 1
+        if not causal:  # the last leaf may be cut off
+            valid = token <= last if valid is None else valid & (token <= last)
+        numbers = _flat(token.clamp(0, last).flatten(-2), far.k)
+        keys, values = (_rows_of(x, numbers) for x in (far.k, far.v))
+    else:
+        keys, values = (x.flatten(-3, -2) for x in far.read(leaf))
+    x = parameters.scale * (q @ keys.transpose(-1, -2)).to(state.work)
+    if valid is not None:
+        # An absent leaf gets logits of its own, finite, and no weight below.
+        valid = (valid | absent[..., None]).flatten(-2)
+        values = values.masked_fill(~valid[..., None], 0)
+        x = x.masked_fill(~valid[..., None, :], -torch.inf)
+    x = x.unflatten(-1, (-1, pattern.block))
+    routed = _routed(q, leaf, 0, far, parameters, _bias_of(parameters, 0, q))
     beta = parameters.router_mix.to(state.work).view(1, 1, 1, *q.shape[3:5], 1)
-    routed = parameters.scale * torch.einsum("bnrkgd,bnrktd->bnrkgt", q, _rows_of(kbar, leaf)).to(state.work)
-    routed = routed + _rows_of(entropy, leaf)[..., None, :] + bias
-    weight = (1 - beta) * torch.logsumexp(x, -1) + beta * routed
-    weight = weight.masked_fill(~ok[..., None, :], -torch.inf)
-    means = torch.einsum("bnrkgtc,bnrktcd->bnrkgtd", torch.softmax(x, -1).to(values.dtype), values)
-    state.add(weight, means, "bnrkgt,bnrkgtd->bnrkgd")
+    weight = torch.lerp(torch.logsumexp(x, -1), routed, beta).masked_fill(absent[..., None, :], -torch.inf)
+    top, share = state.exponentials(weight)
+    p = (share[..., None] * torch.softmax(x, -1)).flatten(-2)
+    state.join(top, share.sum(-1), p.to(values.dtype) @ values)
