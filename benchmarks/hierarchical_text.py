@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help=".jsonl.gz with a text a line")
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--tokens", nargs="+", type=int, default=[65536 * 4**i for i in range(4)])
+    parser.add_argument("--radix", type=int, help="of the tree that is timed; default: the model's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hierarchical"))
     options = parser.parse_args()
@@ -99,10 +101,12 @@ def main() -> None:
     model = model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
     config = model.config
     shape = {"heads": config.num_attention_heads, "key heads": config.num_key_value_heads, "width": config.head_dim}  # fmt: skip
-    facts, rows = environment(device) | shape | {"tree": config.hierarchical}, []
+    tree = config.hierarchical | ({"radix": options.radix} if options.radix else {})
+    facts, rows = environment(device) | shape | {"tree": tree}, []
     ids = text(options.books, max(options.tokens)).long().to(device)
     for layer in options.layers:
         attention = model.model.layers[layer].attention
+        attention.pattern = replace(attention.pattern, radix=options.radix or attention.pattern.radix)
         for tokens in options.tokens:
             tensors, rotary = projections(model, ids[:, :tokens], layer)
             kinds = {f"text, layer {layer}": tensors}

@@ -104,6 +104,7 @@ def test_the_growth_on_a_text(script, tmp_path):
         (512, "text, layer 1"),
     ]
     assert (tmp_path / "text.md").read_text() in out
+    assert "'radix': 2" in script("hierarchical_text", *options, "--layers", 0, "--tokens", 128, "--radix", 2)
     with pytest.raises(SystemExit, match="it holds 750"):
         script("hierarchical_text", *options, "--tokens", 1000)
 
