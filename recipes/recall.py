@@ -138,8 +138,10 @@ def train(model: LongNetForCausalLM, name: str, seed: int, setting: Setting, dea
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = setting.device.startswith("cuda")
     optimizer = torch.optim.AdamW(trained, setting.learning_rate, weight_decay=0.01, fused=fused)
+    # A warm-up of exactly one step would divide by zero.
+    warmup = min(0.75, max(0.05, 1.5 / setting.steps))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, setting.learning_rate, setting.steps, pct_start=0.05
+        optimizer, setting.learning_rate, setting.steps, pct_start=warmup
     )
     generator = torch.Generator(setting.device).manual_seed(seed)
     curve = []

@@ -283,6 +283,19 @@ def test_short_texts_come_first_where_asked_and_every_length_in_the_end():
     assert {256, 512, 1024, 2048} == set(mixed[:100])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 19, 20, 21, 30, 40])
+def test_any_number_of_steps(steps, monkeypatch):
+    recall = load("recall")
+    fields = {"task": "copy", "length": 128, "doublings": 0, "steps": steps, "tokens": 128}
+    setting = recall.Setting(**fields, learning_rate=1e-3, texts=1, device="cpu", path=None)
+    monkeypatch.setattr(recall, "accuracy", lambda *_: {"accuracy": 0.0})
+    monkeypatch.setattr(recall, "answers", lambda model, batch: model(batch.answers.float()[..., None]))
+    model = torch.nn.Linear(1, recall.VOCABULARY)
+    model.model = torch.nn.Module()
+    model.model.layers = []
+    assert recall.train(model, "local", 0, setting, float("inf")) is not None
+
+
 def test_taps_begin_with_the_spread_that_is_asked_for():
     recall, variants = load("recall"), load("variants")
     taps = [
