@@ -37,7 +37,7 @@ class Lists(NamedTuple):
         return _lists(pattern, whole, causal, first, count, device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a later backward pass keeps them
 def _lists(
     pattern: HierarchicalPattern, num_tokens: int, causal: bool, first: int, count: int, device: torch.device
