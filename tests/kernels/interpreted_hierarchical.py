@@ -6,7 +6,9 @@ import torch
 
 from longnet import HierarchicalPattern
 from longnet.attention import hierarchical_fused, opened_gradients, opened_work
+from longnet.attention.far_work import Geometry, Shape, tokens_per_tile
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
+from longnet.attention.opened_work import Routes, Tables
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 
@@ -152,7 +154,112 @@ def compiled() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-PARTS = {"pyramids": pyramids, "readers": readers, "compiled": compiled}
+# Pattern, tokens, query heads on a key head, sequences, whether sort keys are wide.
+TABLES = [
+    (HierarchicalPattern(16, 4, 1, 1, None, 2, 4), 333, 4, 2, False),
+    (HierarchicalPattern(16, 4, 1, 1, None, 2, 4), 333, 4, 2, True),
+    (
+        HierarchicalPattern(16, 2, 2, 0, None, 2, 32),
+        403,
+        16,
+        1,
+        False,
+    ),  # one running sum of more than 31 bits
+    (HierarchicalPattern(16, 8, 1, 1, None, 4, 16), 1200, 8, 1, False),
+    (HierarchicalPattern(16, 16, 1, 1, None, 4, 16), 1100, 3, 1, False),
+    (HierarchicalPattern(32, 32, 1, 0, None, 2, 16), 2100, 1, 1, False),
+    (HierarchicalPattern(16, 4, 1, 1, 2, 2, 4), 1091, 64, 1, False),
+]
+
+
+def tables() -> None:
+    """Unions and columns of random choices, against sets: every tile, level and token."""
+    g = torch.Generator().manual_seed(0)
+    integers = lambda high, *lead: torch.randint(-(2**31), high, lead, generator=g).int()  # noqa: E731
+    for pattern, tokens, group, batch, wide in TABLES:
+        opened_work.NARROW = 0 if wide else 2**31 - 1
+        geometry, shape = Geometry.of(pattern, tokens), Shape(batch, tokens, 2 * group, 2, 16)
+        routes = Routes.empty(shape, geometry, torch.device("cpu"))
+        routes = Routes(
+            routes.opened, integers(2**31, *routes.base_bits.shape), integers(2**31, *routes.child_bits.shape)
+        )
+        for level, size in enumerate(geometry.sizes):
+            many = min(size, pattern.opened(level))
+            chosen = (
+                torch.rand(*routes.opened.shape[:3], size, generator=g)
+                .argsort(-1)[..., :many]
+                .sort(-1)
+                .values
+            )
+            routes.opened[..., level, :] = -1
+            routes.opened[..., level, :many] = chosen
+        entropy = torch.randn(batch, sum(geometry.sizes), 2, generator=g)
+        offsets = torch.tensor(geometry.offsets, dtype=torch.int32)
+        # The tiles of the last block, which end beyond the text.
+        first, tile = (tokens - 1) // pattern.block * pattern.block, tokens_per_tile(group)
+        chunk = opened_work.Chunk(first, -(-(tokens - first) // tile), tile)
+        whole = Tables.of(routes, entropy, offsets, shape, geometry, chunk)
+        for level in range(geometry.levels):
+            check_columns(whole, routes, entropy, pattern, level, kept=True)
+        for level in range(geometry.levels - 1, -1, -1):
+            whole.mark(routes, entropy, offsets, level)
+            check_columns(whole, routes, entropy, pattern, level, kept=False)
+
+
+def check_columns(whole: Tables, routes: Routes, entropy, pattern, level: int, kept: bool) -> None:
+    shape, geometry, chunk, bounds = (
+        whole.shape,
+        whole.geometry,
+        whole.chunk,
+        pattern.bounds(whole.shape.tokens),
+    )
+    radix = geometry.radix
+    for pair in range(shape.pairs):
+        b, kh = divmod(pair, shape.key_heads)
+        for tile in range(chunk.tiles):
+            t0 = chunk.first + tile * chunk.tile
+            inside = range(min(chunk.tile, shape.tokens - t0))
+            mine = []
+            if level + 1 < geometry.levels:
+                mine = [
+                    [x for x in routes.opened[b, kh, t0 + t, level + 1].tolist() if x >= 0] for t in inside
+                ]
+                mine = [x[: geometry.beam] for x in mine]
+            union = sorted({x for nodes in mine for x in nodes})
+            lo, hi = bounds[level, :2, t0 // geometry.block].tolist()
+            nodes = [p * radix + c for p in union for c in range(radix)] + list(range(lo, hi))
+            bits = []
+            for p in union:
+                holders = [t for t in inside if p in mine[t]]
+                places = [mine[t].index(p) for t in holders]
+                assert whole.places[level, pair, tile, union.index(p), holders].tolist() == places
+                words = [
+                    int(routes.child_bits[b, kh, t0 + t, level, place])
+                    for t, place in zip(holders, places, strict=True)
+                ]
+                bits += [
+                    sum(1 << t for t, w in zip(holders, words, strict=True) if not (kept and w >> c & 1))
+                    for c in range(radix)
+                ]
+            for i in range(hi - lo):
+                words = [int(routes.base_bits[b, kh, t0 + t, level]) for t in inside]
+                seen = sum(1 << t for t, w in enumerate(words) if not w >> i & 1)
+                bits.append(seen if kept else -1)
+            count = int(whole.totals[level, pair, tile])
+            assert count == len(nodes)
+            found = whole.records[level, pair, tile, : -(-count // opened_work.PAD) * opened_work.PAD]
+            wanted = torch.tensor(bits + [0] * (len(found) - count)).int()
+            seeing = found.int()
+            if kept:  # tokens beyond the text may be said to see anything that is listed
+                seeing = seeing & ((1 << len(inside)) - 1)
+            assert torch.equal(seeing, wanted), (level, pair, tile)
+            rows = (b * sum(geometry.sizes) + geometry.offsets[level] + torch.tensor(nodes).int()) * 2 + kh
+            assert torch.equal(whole.rows[level, pair, tile, :count], rows.int())
+            h = (found[:count] >> 32).int().view(torch.float32)
+            torch.testing.assert_close(h, entropy.flatten()[rows.long()] * 1.4426950408889634)
+
+
+PARTS = {"pyramids": pyramids, "readers": readers, "tables": tables, "compiled": compiled}
 if sys.argv[1] in PARTS:
     PARTS[sys.argv[1]]()
 else:

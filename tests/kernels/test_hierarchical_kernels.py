@@ -33,6 +33,7 @@ def run(script, *arguments, **environment):
         "short",
         "pyramids",
         "readers",
+        "tables",
         "compiled",
     ],
 )

@@ -123,8 +123,9 @@ class Routes(NamedTuple):
         return cls(opened, whole(*lead), whole(*lead, geometry.beam))
 
 
-# Columns that a kernel reads at a time divide it: lists are filled up to it. Columns that are marked at a time.
-PAD, MARKED = 64, 256
+# Columns that a kernel reads at a time divide it: lists are filled up to it. Columns that are marked at a time. Keys below it are
+# sorted in 32 bits.
+PAD, MARKED, NARROW = 64, 256, 2**31 - 1
 
 
 class Tables:
@@ -155,7 +156,7 @@ class Tables:
         """The columns below `level` and the `count` - 1 levels above it, from what the tokens opened there."""
         geometry = self.geometry
         entries = self.chunk.tile * geometry.beam
-        wide = max(geometry.sizes) * entries >= 2**31 - 1
+        wide = max(geometry.sizes) * entries >= NARROW
         scratch = torch.empty(
             count,
             *self.rows.shape[1:3],
