@@ -211,3 +211,22 @@ def test_a_stream_never_asks_the_device():
             state.attend(Step(q, q, k, k, k), parameters, None)
     assert state.position == 183
     assert asked.count == 0
+
+
+@pytest.mark.parametrize(("gigabytes", "times"), [(6, 1), (8, 1), (16, 2), (24, 3), (141, 4)])
+def test_groups_of_a_forward_pass_follow_the_memory_of_the_device(monkeypatch, gigabytes, times):
+    from types import SimpleNamespace
+
+    from longnet.attention import hierarchical_torch
+
+    properties = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert hierarchical_torch.at_once(torch.device("cuda", 0)) == times
+    assert hierarchical_torch.at_once(torch.device("cpu")) == 1
+    k = SimpleNamespace(is_cuda=True, shape=(1, 10**5, 1, 64))
+    sizes = [
+        part.stop - part.start
+        for part in hierarchical_torch.parts(64, 10**5, k, HierarchicalPattern(top_k=8), times)
+    ]
+    assert max(sizes) == 4096 * times
+    assert sum(sizes) == 10**5

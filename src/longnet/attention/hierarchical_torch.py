@@ -18,9 +18,10 @@ from longnet.attention.hierarchical_lists import Lists
 from longnet.patterns import HierarchicalPattern
 
 # Query tokens per group: bounds the gathered keys of opened blocks. A GPU takes more tokens at once, as long as what is
-# gathered of keys and values stays below so many elements; and FORWARD times as many where no gradients are wanted, for which a
-# group's intermediate results would live on together. Smaller groups leave it waiting for the host.
-GROUP, GROUP_CUDA, GATHERED, FORWARD = 256, 4096, 2**28, 4
+# gathered of keys and values stays below so many elements; and up to FORWARD times as many where no gradients are wanted, for
+# which a group's intermediate results would live on together: once for every PER_GROUP bytes of memory that it has. Smaller
+# groups leave it waiting for the host.
+GROUP, GROUP_CUDA, GATHERED, FORWARD, PER_GROUP = 256, 4096, 2**28, 4, 2**33
 
 
 class Far(NamedTuple):
@@ -66,7 +67,7 @@ def attend(
     # Vectors are read by number, so from whole tensors.
     levels: list = [tuple(x.contiguous() for x in level) for level in far.levels]
     far = far._replace(k=far.k.contiguous(), v=far.v.contiguous(), levels=levels)
-    times = 1 if torch.is_grad_enabled() else FORWARD
+    times = 1 if torch.is_grad_enabled() else at_once(k_local.device)
     for part in parts(start, q.shape[1], k_local, pattern, times):
         arguments = (
             q[:, part],
@@ -87,6 +88,13 @@ def attend(
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs, 1), torch.cat(sums, 2)
+
+
+def at_once(device: torch.device) -> int:
+    """How many times as many queries a group may have where no gradients are wanted."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(FORWARD, torch.cuda.get_device_properties(device).total_memory // PER_GROUP))
 
 
 def parts(start: int, count: int, k: Tensor, pattern: HierarchicalPattern, times: int = 1) -> Iterator[slice]:
