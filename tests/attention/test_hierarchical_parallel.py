@@ -137,7 +137,7 @@ def distinct_opened(tensors, pattern, shards):
     q, k, v, prior, bias, mix = tensors
     sizes = pattern.node_counts(q.shape[1])
     pyramid = build_pyramid(k, v, prior, 0.4, pattern.block, pattern.radix, sizes)
-    far = Far(k, v, [pyramid.level(i) for i in range(len(sizes))], 0, (0,) * len(sizes))
+    far = Far.of(k, v, [pyramid.level(i) for i in range(len(sizes))])
     parameters, routes = Parameters(0.4, bias[:, : len(sizes)], mix, None), []
     hierarchical_torch.attend(q, q, k, far, pattern, True, parameters, q.shape[1], 0, routes)
     opened = [set() for _ in range(shards.ranks)]

@@ -66,7 +66,7 @@ def attention_map(
     sizes = pattern.node_counts(tokens)
     pyramid = build_pyramid(k[None], k[None], prior_query, scale, pattern.block, pattern.radix, sizes)
     levels = [pyramid.level(i) for i in range(len(sizes))]
-    far, routes = Far(k[None], k[None], levels, 0, (0,) * len(sizes)), []
+    far, routes = Far.of(k[None], k[None], levels), []
     parameters = Parameters(scale, level_bias[:, : len(sizes)].to(work), router_mix.to(work), None)
     hierarchical_torch.attend(
         q[None, None], q_local[None, None], k_local[None], far, pattern, True, parameters, tokens, tokens - 1, routes

@@ -106,7 +106,7 @@ def hierarchical_attention(
     else:
         sizes = pattern.node_counts(tokens, causal)
         pyramid = build_pyramid(k, v, prior_query, scale, pattern.block, pattern.radix, sizes, lengths)
-        far = Far(k, v, [pyramid.level(i) for i in range(levels)], 0, (0,) * levels)
+        far = Far.of(k, v, [pyramid.level(i) for i in range(levels)])
         parameters = Parameters(scale, level_bias, router_mix, lengths)
         out, lse = hierarchical_torch.attend(q, q_local, k_local, far, pattern, causal, parameters, tokens)
         out = out.to(q.dtype)

@@ -86,7 +86,7 @@ class HierarchicalState:
         k, k_local, v = (rows.live for rows in self.tokens)
         # A stream drops whole blocks of tokens, so leaves stay aligned.
         live: list = [tuple(x.live for x in level) for level in self.levels[:levels]]
-        far = Far(k, v, live, self.position - len(self.tokens[0]), first)
+        far = Far.of(k, v, live, self.position - len(self.tokens[0]), first)
         out, _ = hierarchical_torch.attend(
             step.q, step.q_local, k_local, far, self.pattern, True, parameters, self.position, start
         )

@@ -34,6 +34,7 @@ from longnet.attention.hierarchical_exchange import (
 )
 from longnet.attention.hierarchical_torch import Far, Group, Parameters, parts
 from longnet.attention.pyramid import pool, token_mass
+from longnet.attention.vectors import Vectors
 from longnet.patterns import HierarchicalPattern
 from longnet.schedule import Halo, halo, leaf_counts
 
@@ -137,7 +138,7 @@ class _Attention(torch.autograd.Function):
         ]
         opened = []
         for part in groups:
-            opened.append(part.add_far(Far(k, v, levels, 0, (0,) * len(levels))).get(0))
+            opened.append(part.add_far(Far.of(k, v, levels)).get(0))
             part.state.collapse()
         flight, lent = request(opened, k, v, plan.leaves) if plan.pattern.top_k else (None, None)
         before = by_side(borrowed.wait())
@@ -145,8 +146,8 @@ class _Attention(torch.autograd.Function):
         fars = []
         for part in groups:
             first, (keys, values) = _window(part, before, (k_local, v), plan)
-            fars.append(Far(keys, values, levels, first, (0,) * len(levels)))
-            part.add_window(keys, fars[-1])
+            fars.append(Far.of(keys, values, levels, first))
+            part.add_window(Vectors(keys), fars[-1])
             part.state.collapse()
         blocks = None if flight is None or lent is None else Blocks(flight.wait(), lent)
         pieces = []
@@ -242,9 +243,9 @@ class _Gradients:
                 group = _group(queries[0], queries[1], own[0].shape[2], parameters, plan, part.start)
                 first, window = _window(group, before, own, plan)
                 window = [x.detach().requires_grad_() for x in window]
-                far = Far(window[0], window[1], self.levels, first, (0,) * len(self.levels), read)
+                far = Far.of(window[0], window[1], self.levels, first, read=read)
                 opened = group.add_far(far).get(0)
-                group.add_window(window[0], far)
+                group.add_window(Vectors(window[0]), far)
                 group.add_leaves(opened, far)
                 results = group.result()
             given = [dout[:, part].to(self.work)] + ([] if dlse is None else [dlse[:, :, part]])

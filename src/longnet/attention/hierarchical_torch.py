@@ -5,16 +5,15 @@ Queries are taken a few blocks at a time; what such a group gathers is dropped a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longnet.attention.hierarchical_lists import Lists
+from longnet.attention.vectors import Vectors
 from longnet.patterns import HierarchicalPattern
 
 # Query tokens per group: bounds the gathered keys of opened blocks. A GPU takes more tokens at once, as long as what is
@@ -29,12 +28,27 @@ class Far(NamedTuple):
     `first_node[l]`. `read`: leaves (B, blocks, rows, K, places) -> their keys and values (..., block, D), where they are not
     taken from k and v."""
 
-    k: Tensor
-    v: Tensor
-    levels: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+    k: Vectors
+    v: Vectors
+    levels: Sequence[tuple[Vectors, ...]]
     first_token: int
     first_node: tuple[int, ...]
     read: Callable[[Tensor], Sequence[Tensor]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        levels: Sequence[Sequence[Tensor]],
+        first_token: int = 0,
+        first_node: tuple[int, ...] | None = None,
+        read: Callable[[Tensor], Sequence[Tensor]] | None = None,
+    ) -> Far:
+        """k, v (B, *, K, D); levels: kbar, vbar (B, nodes, K, D), mass and entropy without D."""
+        nodes = [tuple(Vectors(x) for x in level) for level in levels]
+        first_node = (0,) * len(levels) if first_node is None else first_node
+        return cls(Vectors(k), Vectors(v), nodes, first_token, first_node, read)
 
 
 class Parameters(NamedTuple):
@@ -63,24 +77,14 @@ def attend(
     q, q_local (B, n, H, D); k_local (B, *, K, D) begins at token far.first_token, like far.k. `routes`, if a list, receives
     per group (begin, {level: opened (B, n, K, places), -1 where nothing}).
     """
-    outs, sums = [], []
-    # Vectors are read by number, so from whole tensors.
-    levels: list = [tuple(x.contiguous() for x in level) for level in far.levels]
-    far = far._replace(k=far.k.contiguous(), v=far.v.contiguous(), levels=levels)
+    outs, sums, local = [], [], Vectors(k_local)
     times = 1 if torch.is_grad_enabled() else at_once(k_local.device)
-    for part in parts(start, q.shape[1], k_local, pattern, times):
-        arguments = (
-            q[:, part],
-            q_local[:, part],
-            k_local,
-            far,
-            pattern,
-            causal,
-            parameters,
-            num_tokens,
-            start + part.start,
-            routes,
-        )
+    # Split at once: the gradient of a slice would be as long as the text.
+    sizes = [part.stop - part.start for part in parts(start, q.shape[1], k_local, pattern, times)]
+    position = start
+    for part, part_local in zip(q.split(sizes, 1), q_local.split(sizes, 1), strict=True):
+        arguments = (part, part_local, local, far, pattern, causal, parameters, num_tokens, position, routes)
+        position += part.shape[1]
         if torch.is_grad_enabled() and routes is None:
             out, lse = checkpoint(_group, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
         else:
@@ -117,10 +121,10 @@ def parts(start: int, count: int, k: Tensor, pattern: HierarchicalPattern, times
 
 
 def _group(
-    q: Tensor, q_local: Tensor, k_local: Tensor, far: Far, pattern: HierarchicalPattern, causal: bool,
+    q: Tensor, q_local: Tensor, k_local: Vectors, far: Far, pattern: HierarchicalPattern, causal: bool,
     parameters: Parameters, num_tokens: int, position: int, routes: list | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    group = Group(q, q_local, k_local.shape[2], pattern, causal, parameters, num_tokens, position)
+    group = Group(q, q_local, k_local.x.shape[2], pattern, causal, parameters, num_tokens, position)
     group.add_window(k_local, far)
     chosen = group.add_far(far)
     group.add_leaves(chosen.get(0), far)
@@ -151,7 +155,7 @@ class Group:
         """Whether anything lies behind the window of any of them."""
         return self.first_block + self.blocks > self.pattern.window_blocks or not self.causal
 
-    def add_window(self, k_local: Tensor, far: Far) -> None:
+    def add_window(self, k_local: Vectors, far: Far) -> None:
         """Attend to the tokens of the window."""
         rest = (self.pattern, self.causal, self.parameters, self.num_tokens, self.position)
         _add_window(self.state, self.q_local, k_local, far, *rest)
@@ -237,14 +241,14 @@ def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_t
         end = position + rows if causal else min(num_tokens, (first_block + right + 1) * block)
         token = torch.arange(begin, end, device=device)[None]
         span = slice(begin - far.first_token, end - far.first_token)
-        keys, values, ok = k_local[:, None, span], far.v[:, None, span], None
+        keys, values, ok = k_local.x[:, None, span], far.v.x[:, None, span], None
     else:
         block_index = torch.arange(first_block, first_block + blocks, device=device)
         token = (block_index - left)[:, None] * block + torch.arange(
             (left + 1 + right) * block, device=device
         )
-        at = (token - far.first_token).clamp(0, k_local.shape[1] - 1)
-        keys, values = k_local[:, at], far.v[:, at]  # (B, blocks, items, K, D)
+        at = (token - far.first_token).clamp(0, k_local.count - 1)
+        keys, values = k_local.shared(at), far.v.shared(at)
         ok = (token >= 0) & (token < num_tokens)
     hidden = None if ok is None else ~ok[None, :, None]
     if causal:
@@ -275,35 +279,11 @@ def _candidates(lists, level, opened, pattern, causal, shape) -> Tensor | None:
     return nodes if causal else nodes.sort(-1).values
 
 
-def _flat(index: Tensor, x: Tensor) -> Tensor:
-    """index (B, blocks, rows, K, C) along M of x (B, M, K, ...), as numbers of x's vectors."""
-    batch, count, key_heads = x.shape[:3]
-    if batch * key_heads == 1:
-        return index
-    return index * key_heads + _corners(batch, count * key_heads if batch > 1 else 0, key_heads, x.device)
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _corners(batch: int, stride: int, key_heads: int, device: torch.device) -> Tensor:
-    """The first number of every sequence and key head, (B, 1, 1, K, 1)."""
-    sequence = torch.arange(batch, device=device) * stride
-    return sequence.view(-1, 1, 1, 1, 1) + torch.arange(key_heads, device=device).view(-1, 1)
-
-
-def _rows_of(x: Tensor, numbers: Tensor) -> Tensor:
-    """Vectors or scalars of x (B, M, K, ...), by number. Their gradient is a sum in a fixed order on any device."""
-    if x.dim() == 3:
-        return F.embedding(numbers, x.reshape(-1, 1))[..., 0]
-    return F.embedding(numbers, x.reshape(-1, x.shape[3]))
-
-
 def _routed(q, nodes, level, far, parameters, bias) -> Tensor:
     """scale q . kbar + entropy + bias (B, blocks, rows, K, G, C) of nodes (B, blocks, rows, K, C), from the first kept."""
     kbar, _, _, entropy = far.levels[level]
-    nodes = _flat(nodes, kbar)
-    products = q @ _rows_of(kbar, nodes).transpose(-1, -2)
-    return torch.add(_rows_of(entropy, nodes)[..., None, :] + bias, products, alpha=parameters.scale)
+    products = q @ kbar[nodes].transpose(-1, -2)
+    return torch.add(entropy[nodes][..., None, :] + bias, products, alpha=parameters.scale)
 
 
 def _add_summaries(state, q, nodes, level, far, pattern, causal, parameters, least) -> Tensor | None:
@@ -311,10 +291,10 @@ def _add_summaries(state, q, nodes, level, far, pattern, causal, parameters, lea
     _, vbar, mass, _ = far.levels[level]
     at, hidden = nodes - far.first_node[level] if far.first_node[level] else nodes, nodes < 0
     if not causal:  # the last parent may lack children
-        hidden = hidden | (at >= vbar.shape[1])
-    at = at.clamp(0, vbar.shape[1] - 1)
+        hidden = hidden | (at >= vbar.count)
+    at = at.clamp(0, vbar.count - 1)
     if parameters.lengths is not None:
-        hidden = hidden | (_rows_of(mass, _flat(at, mass)) == -torch.inf)
+        hidden = hidden | (mass[at] == -torch.inf)
     logits = _routed(q, at, level, far, parameters, _bias_of(parameters, level, q))
     opened = None
     if count := min(pattern.opened(level), nodes.shape[-1]):
@@ -327,7 +307,7 @@ def _add_summaries(state, q, nodes, level, far, pattern, causal, parameters, lea
             hidden = hidden.scatter(-1, places, hidden.gather(-1, places) | taken)
     logits = logits.masked_fill(hidden[..., None, :], -torch.inf)
     top, p = state.exponentials(logits)
-    state.join(top, p.sum(-1), p.to(vbar.dtype) @ _rows_of(vbar, _flat(at, vbar)))
+    state.join(top, p.sum(-1), p.to(vbar.x.dtype) @ vbar[at])
     return opened
 
 
@@ -354,11 +334,11 @@ def _add_leaves(state, q, opened, far, pattern, parameters, causal) -> None:
     if parameters.lengths is not None:
         valid = token + far.first_token < parameters.lengths.view(-1, 1, 1, 1, 1, 1)
     if far.read is None:
-        last = far.k.shape[1] - 1
+        last = far.k.count - 1
         if not causal:  # the last leaf may be cut off
             valid = token <= last if valid is None else valid & (token <= last)
-        numbers = _flat(token.clamp(0, last).flatten(-2), far.k)
-        keys, values = (_rows_of(x, numbers) for x in (far.k, far.v))
+        at = token.clamp(0, last).flatten(-2)
+        keys, values = far.k[at], far.v[at]
     else:
         keys, values = (x.flatten(-3, -2) for x in far.read(leaf))
     x = parameters.scale * (q @ keys.transpose(-1, -2)).to(state.work)
