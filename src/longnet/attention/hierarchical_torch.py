@@ -1,4 +1,4 @@
-"""Hierarchical attention by gathers and batched products: any device, any dtype, causal or not, linear memory.
+"""Hierarchical attention by gathers and batched products: any device, any dtype, causal or not, linear memory and time.
 
 Queries are taken a few blocks at a time; what such a group gathers is dropped again and recomputed in the backward pass.
 """
