@@ -38,7 +38,7 @@ class Case:
     @property
     def name(self) -> str:
         who = f"{self.who}, beam {self.beam}" if self.who == "opened" else self.who
-        who += ", radix 8" if self.radix == 8 else ""
+        who += "" if self.radix == 16 else f", radix {self.radix}"
         batch = f"{self.batch} x " if self.batch > 1 else ""
         return (
             f"{who}, {batch}{self.tokens} tokens, {self.heads} heads on {self.key_heads}, width {self.width}"

@@ -41,17 +41,12 @@ def text(path: Path, tokens: int) -> torch.Tensor:
 @torch.no_grad()
 def projections(model: LongNetForCausalLM, ids: torch.Tensor, layer: int) -> tuple[Tensors, tuple]:
     """q, k, v of a layer, and its rotary angles, as a forward pass over `ids` makes them."""
-    attention, found = model.model.layers[layer].attention, {}
-    plain = attention._attend
-
-    def attend(q, k, v, rotary, lengths, cache):
-        found.update(tensors=(q, k, v), rotary=rotary)
-        return plain(q, k, v, rotary, lengths, cache)
-
-    attention._attend = attend
+    attention, seen = model.model.layers[layer].attention, []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
     model.model(input_ids=ids)
-    del attention._attend
-    return found["tensors"], found["rotary"]
+    hook.remove()
+    hidden, rotary = seen[0]
+    return attention._project(hidden), rotary
 
 
 def measure(attention: LongNetHierarchicalAttention, tensors: Tensors, rotary: tuple, device: str) -> dict:

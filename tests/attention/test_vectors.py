@@ -95,4 +95,4 @@ def test_the_cost_of_gradients_is_linear(causal):
         with LongTensors(tokens * 8) as made:
             hierarchical_attention(*inputs, pattern, causal=causal, impl="torch").out.sum().backward()
         counts.append(made.count)
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] > 0

@@ -49,15 +49,15 @@ def _lists(
             node = lo[:, None] + np.arange(max(0, (hi - lo).max()))
             tables.append(np.where(node < hi[:, None], node, -1))
     if pattern.retention is not None:
-        for level in range(len(bounds)):
-            least = [pattern.first_openable(block, level) for block in range(first, first + count)]
-            tables.append(np.array(least))
+        blocks, levels = range(first, first + count), range(len(bounds))
+        tables.append(
+            np.array([[pattern.first_openable(block, level) for block in blocks] for level in levels])
+        )
     uploaded = torch.from_numpy(np.concatenate([x.ravel() for x in tables]))
     if device.type == "cuda":
         uploaded = uploaded.pin_memory()
-    whole = uploaded.to(device, non_blocking=True)
-    parts = [x.view(count, -1) for x in whole.split([x.size for x in tables])]
-    listed, least = parts[: 2 * len(bounds)], parts[2 * len(bounds) :]
+    parts = uploaded.to(device, non_blocking=True).split([x.size for x in tables])
+    listed = [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+    least = listed.pop() if pattern.retention is not None else None
     pairs = zip(listed[::2], listed[1::2], strict=True)
-    nodes = tuple(tuple(x for x in pair if x.shape[1]) for pair in pairs)
-    return Lists(nodes, torch.stack([x[:, 0] for x in least]) if least else None)
+    return Lists(tuple(tuple(x for x in pair if x.shape[1]) for pair in pairs), least)

@@ -137,8 +137,9 @@ class _Attention(torch.autograd.Function):
             for part in parts(plan.start, q.shape[1], k_local, plan.pattern)
         ]
         opened = []
+        far = Far.of(k, v, levels)
         for part in groups:
-            opened.append(part.add_far(Far.of(k, v, levels)).get(0))
+            opened.append(part.add_far(far).get(0))
             part.state.collapse()
         flight, lent = request(opened, k, v, plan.leaves) if plan.pattern.top_k else (None, None)
         before = by_side(borrowed.wait())
@@ -146,8 +147,8 @@ class _Attention(torch.autograd.Function):
         fars = []
         for part in groups:
             first, (keys, values) = _window(part, before, (k_local, v), plan)
-            fars.append(Far.of(keys, values, levels, first))
-            part.add_window(Vectors(keys), fars[-1])
+            fars.append(far._replace(k=Vectors(keys), v=Vectors(values), first_token=first))
+            part.add_window(fars[-1].k, fars[-1])
             part.state.collapse()
         blocks = None if flight is None or lent is None else Blocks(flight.wait(), lent)
         pieces = []
@@ -245,7 +246,7 @@ class _Gradients:
                 window = [x.detach().requires_grad_() for x in window]
                 far = Far.of(window[0], window[1], self.levels, first, read=read)
                 opened = group.add_far(far).get(0)
-                group.add_window(Vectors(window[0]), far)
+                group.add_window(far.k, far)
                 group.add_leaves(opened, far)
                 results = group.result()
             given = [dout[:, part].to(self.work)] + ([] if dlse is None else [dlse[:, :, part]])

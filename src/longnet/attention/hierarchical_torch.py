@@ -197,11 +197,6 @@ class _Softmax:
         self.work, self.least = work, torch.finfo(work).min
         self.pieces: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, logits: Tensor, values: Tensor, equation: str) -> None:
-        """logits (B, blocks, rows, K, G, items); values such that einsum(equation, p, values) has shape (..., D)."""
-        top, p = self.exponentials(logits)
-        self.join(top, p.sum(-1), torch.einsum(equation, p.to(values.dtype), values))
-
     def exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest of the logits, finite, and exp(logits - largest), 0 where they are -inf."""
         top = logits.detach().amax(-1, keepdim=True).clamp(min=self.least)
@@ -241,7 +236,7 @@ def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_t
         end = position + rows if causal else min(num_tokens, (first_block + right + 1) * block)
         token = torch.arange(begin, end, device=device)[None]
         span = slice(begin - far.first_token, end - far.first_token)
-        keys, values, ok = k_local.x[:, None, span], far.v.x[:, None, span], None
+        keys, values, hidden = k_local.x[:, None, span], far.v.x[:, None, span], None
     else:
         block_index = torch.arange(first_block, first_block + blocks, device=device)
         token = (block_index - left)[:, None] * block + torch.arange(
@@ -249,8 +244,7 @@ def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_t
         )
         at = (token - far.first_token).clamp(0, k_local.count - 1)
         keys, values = k_local.shared(at), far.v.shared(at)
-        ok = (token >= 0) & (token < num_tokens)
-    hidden = None if ok is None else ~ok[None, :, None]
+        hidden = ((token < 0) | (token >= num_tokens))[None, :, None]
     if causal:
         row = position + torch.arange(blocks * rows, device=device).view(1, blocks, rows, 1)
         later = token[None, :, None] > row
@@ -262,7 +256,8 @@ def _add_window(state, q_local, k_local, far, pattern, causal, parameters, num_t
     logits = parameters.scale * torch.einsum("bnrkgd,bnckd->bnrkgc", q_local, keys).to(state.work)
     if hidden is not None:
         logits = logits.masked_fill(hidden[:, :, :, None, None], -torch.inf)
-    state.add(logits, values, "bnrkgc,bnckd->bnrkgd")
+    top, p = state.exponentials(logits)
+    state.join(top, p.sum(-1), torch.einsum("bnrkgc,bnckd->bnrkgd", p.to(values.dtype), values))
 
 
 def _candidates(lists, level, opened, pattern, causal, shape) -> Tensor | None:
@@ -279,9 +274,10 @@ def _candidates(lists, level, opened, pattern, causal, shape) -> Tensor | None:
     return nodes if causal else nodes.sort(-1).values
 
 
-def _routed(q, nodes, level, far, parameters, bias) -> Tensor:
+def _routed(q, nodes, level, far, parameters) -> Tensor:
     """scale q . kbar + entropy + bias (B, blocks, rows, K, G, C) of nodes (B, blocks, rows, K, C), from the first kept."""
     kbar, _, _, entropy = far.levels[level]
+    bias = parameters.level_bias[:, level].view(1, 1, 1, *q.shape[3:5], 1)
     products = q @ kbar[nodes].transpose(-1, -2)
     return torch.add(entropy[nodes][..., None, :] + bias, products, alpha=parameters.scale)
 
@@ -295,7 +291,7 @@ def _add_summaries(state, q, nodes, level, far, pattern, causal, parameters, lea
     at = at.clamp(0, vbar.count - 1)
     if parameters.lengths is not None:
         hidden = hidden | (mass[at] == -torch.inf)
-    logits = _routed(q, at, level, far, parameters, _bias_of(parameters, level, q))
+    logits = _routed(q, at, level, far, parameters)
     opened = None
     if count := min(pattern.opened(level), nodes.shape[-1]):
         closed = hidden if least is None else hidden | (nodes < least)
@@ -313,16 +309,10 @@ def _add_summaries(state, q, nodes, level, far, pattern, causal, parameters, lea
 
 def _best(logits, nodes, hidden, closed, count, lowest) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` best scored nodes that are not closed, ascending, the -1 first; the places of the best; which were taken."""
-    score = (
-        torch.softmax(logits.masked_fill(hidden[..., None, :], lowest), -1).mean(-2).masked_fill(closed, -1)
-    )
-    best = score.sort(stable=True, dim=-1, descending=True)
+    score = torch.softmax(logits.masked_fill(hidden[..., None, :], lowest), -1).mean(-2)
+    best = score.masked_fill(closed, -1).sort(stable=True, dim=-1, descending=True)
     places, taken = best.indices[..., :count], best.values[..., :count] >= 0
     return nodes.gather(-1, places).masked_fill(~taken, -1).sort(-1).values, places, taken
-
-
-def _bias_of(parameters, level, q) -> Tensor:
-    return parameters.level_bias[:, level].view(1, 1, 1, *q.shape[3:5], 1)
 
 
 def _add_leaves(state, q, opened, far, pattern, parameters, causal) -> None:
@@ -348,7 +338,7 @@ def _add_leaves(state, q, opened, far, pattern, parameters, causal) -> None:
         values = values.masked_fill(~valid[..., None], 0)
         x = x.masked_fill(~valid[..., None, :], -torch.inf)
     x = x.unflatten(-1, (-1, pattern.block))
-    routed = _routed(q, leaf, 0, far, parameters, _bias_of(parameters, 0, q))
+    routed = _routed(q, leaf, 0, far, parameters)
     beta = parameters.router_mix.to(state.work).view(1, 1, 1, *q.shape[3:5], 1)
     weight = torch.lerp(torch.logsumexp(x, -1), routed, beta).masked_fill(absent[..., None, :], -torch.inf)
     top, share = state.exponentials(weight)

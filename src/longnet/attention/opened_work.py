@@ -59,7 +59,7 @@ def chunks_of(q: Tensor, shape: Shape, geometry: Geometry) -> tuple[Chunk, ...]:
     row = shape.width * q.element_size()
     token = shape.batch * shape.heads * row
     longer = min(token * shape.tokens, LEAF_ROWS * geometry.sizes[0] * shape.pairs * row)
-    numbers = max(1, q.stride(1), geometry.top_k * shape.group * shape.width)
+    numbers = max(q.stride(1), geometry.top_k * shape.group * shape.width)
     most = min(max(CHUNK_BYTES, longer) // (token * geometry.top_k), (2**31 - 1) // numbers)
     return _chunks(shape, geometry, most)
 

@@ -83,33 +83,30 @@ class Vectors:
         return self.x.shape[1]
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Those of every key head: index (B, .., K, C) along M, any dimensions between; (B, .., K, C, D)."""
-        return self._read(self._numbers(index, index.dim() - 2))
+        """Those of every key head: index (B, blocks, rows, K, C) along M; (B, blocks, rows, K, C, D)."""
+        return self._read(index)
 
     def shared(self, index: Tensor) -> Tensor:
         """Those of all key heads: index (blocks, C); (B, blocks, C, K, D)."""
-        return self._read(self._numbers(index[None, ..., None], 3))
+        return self._read(index[None, ..., None])
 
-    def _numbers(self, index: Tensor, heads: int) -> Tensor:
+    def _read(self, index: Tensor) -> Tensor:
+        """At index (B, ., ., K, ..)."""
         batch, count, key_heads = self.x.shape[:3]
-        if batch * key_heads == 1:
-            return index
-        first = _first_numbers(batch, count * key_heads if batch > 1 else 0, key_heads, self.x.device)
-        return index * key_heads + first.view(
-            batch, *(1,) * (heads - 1), key_heads, *(1,) * (index.dim() - heads - 1)
-        )
-
-    def _read(self, numbers: Tensor) -> Tensor:
-        found = (
-            F.embedding(numbers, self.rows)
-            if self.sums is None
-            else _Read.apply(self.rows, numbers, self.sums)
-        )
-        return found if self.x.dim() == 4 else found[..., 0]
+        numbers = index
+        if batch * key_heads > 1:
+            first = _first_numbers(batch, count * key_heads if batch > 1 else 0, key_heads, self.x.device)
+            numbers = index * key_heads + first.view(*first.shape, *(1,) * (index.dim() - 4))
+        if self.sums is None:
+            found = F.embedding(numbers, self.rows)
+        else:
+            found = _Read.apply(self.rows, numbers, self.sums)
+        return found if self.x.dim() == 4 else found[..., 0]  # type: ignore
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a later backward pass keeps them
 def _first_numbers(batch: int, stride: int, key_heads: int, device: torch.device) -> Tensor:
-    """(B, K)"""
-    return torch.arange(batch, device=device)[:, None] * stride + torch.arange(key_heads, device=device)
+    """(B, 1, 1, K)"""
+    sequence = torch.arange(batch, device=device) * stride
+    return sequence.view(-1, 1, 1, 1) + torch.arange(key_heads, device=device)
