@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -192,8 +193,9 @@ def ratios(rows: list[dict]) -> list[str]:
             lines.append(
                 f"{row['case']}: peak {row['peak_gib']:.1f} GiB beyond the inputs, {each:.2f} KiB a token"
             )
-    for radix in dict.fromkeys(row["radix"] for row in good):
-        lines += _growth([row for row in good if row["group"] == "cost" and row["radix"] == radix])
+    cost = [row for row in good if row["group"] == "cost"]
+    for shape in dict.fromkeys((row["heads"], row["radix"]) for row in cost):
+        lines += _growth([row for row in cost if (row["heads"], row["radix"]) == shape])
     return lines
 
 
@@ -211,10 +213,11 @@ def _growth(cost: list[dict]) -> list[str]:
     lines = []
     for row in cost[1:]:
         grown = row["us_per_token"] / cost[0]["us_per_token"]
+        log = math.log(row["tokens"]) / math.log(cost[0]["tokens"])
         flops = [x["forward_tflops"] * x["forward_ms"][1] / x["tokens"] for x in (cost[0], row)]
         lines.append(
-            f"radix {row['radix']}, {row['tokens']} tokens: a token costs {grown:.2f} times what it costs at "
-            f"{cost[0]['tokens']}; its operations grow {flops[1] / flops[0]:.2f} times"
+            f"{row['heads']} heads, radix {row['radix']}, {row['tokens']} tokens: a token costs {grown:.2f} times "
+            f"what it costs at {cost[0]['tokens']}; the logarithm grows {log:.3f} times, its operations {flops[1] / flops[0]:.2f}"
         )
     return lines
 
