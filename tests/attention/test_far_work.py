@@ -56,3 +56,21 @@ def test_chunks_of_long_texts_are_few_and_their_numbers_have_31_bits(heads, key_
         assert all(c.tokens * place * pattern.top_k <= max(CHUNK_BYTES, tokens * place) for c in chunks)
         # Each reads every leaf before it: cost is linear while their number stays bounded.
         assert len(chunks) <= 66
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 1, 128), (16, 1, 128), (8, 8, 64), (1, 1, 16)])
+def test_sums_of_children_are_linear_in_the_text(heads, key_heads, width):
+    """Every window may have sums of every family: with windows of a fixed size they would grow with the square."""
+    from longnet.attention.far_work import Geometry, Shape
+    from longnet.attention.opened_work import CHUNK_BYTES, COLUMNS, WINDOWS, families_of, stretches_of
+
+    pattern = HierarchicalPattern(radix=8, top_k=16, beam=16)
+    for tokens in (2000, 2**16 + 1, 2**20, 2**22, 2**24, 2**26):
+        shape = Shape(1, tokens, heads, key_heads, width)
+        families = families_of(Geometry.of(pattern, tokens), torch.device("cpu"))[1]
+        stretches = stretches_of(shape, families, 2)
+        assert [s.first for s in stretches] == [0, *(s.first + s.tokens for s in stretches[:-1])]
+        assert stretches[-1].first + stretches[-1].tokens == tokens
+        sums = 4 * key_heads * families * COLUMNS * (2 * width + 1)
+        assert all(s.windows * sums <= CHUNK_BYTES or s.windows == 1 for s in stretches)
+        assert sum(s.windows for s in stretches) <= WINDOWS

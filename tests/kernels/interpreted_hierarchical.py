@@ -25,7 +25,7 @@ CASES = {
     "capped": (HierarchicalPattern(16, 4, 2, 1, 2, 3, 4), 147, 2, 1, 16, 1.0),
     # two or three chunks of the buffer of opened leaves, and a group that is no power of two
     "chunks": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 3, 1, 16, 0.7),
-    # two sequences on two key heads, with several windows of tokens
+    # two sequences on two key heads, with several windows of tokens, every one a stretch of its own
     "batches": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 99, 4, 2, 16, 0.4),
     "short": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 1, 2, 1, 16, 1.0),
 }
@@ -39,6 +39,8 @@ def main(name: str) -> None:
         opened_gradients.COLUMNS = opened_work.COLUMNS = 8
         opened_work.LEAF_READERS = opened_work.CHILD_READERS = 24
         opened_work.WINDOW_BYTES = 50 * 2 * heads * width * 4
+    if name == "batches":
+        opened_work.CHUNK_BYTES = 1
     torch.manual_seed(0)
     batch = 2 if name == "batches" else 1
     shapes = [(batch, tokens, x, width) for x in (heads, key_heads, key_heads, heads, key_heads)]

@@ -19,7 +19,17 @@ from longnet.attention.far_work import (
     reader_tile,
     strides,
 )
-from longnet.attention.opened_work import COLUMNS, Chunk, Leaves, Routes, Tables, chunks_of, families_of
+from longnet.attention.opened_work import (
+    COLUMNS,
+    Chunk,
+    Leaves,
+    Routes,
+    Stretch,
+    Tables,
+    chunks_of,
+    families_of,
+    stretches_of,
+)
 from longnet.kernels import leaves, opened_backward, readers
 
 
@@ -61,20 +71,24 @@ class Opened(NamedTuple):
 
     def children(self, routes: Routes, nodes: Nodes) -> None:
         """Add the gradients of nodes from the tokens that opened their parent."""
+        families = families_of(self.geometry, self.q.device)[1]
+        if families:
+            for stretch in stretches_of(self.shape, families, self.q.element_size()):
+                self._stretch(routes, nodes, stretch)
+
+    def _stretch(self, routes: Routes, nodes: Nodes, stretch: Stretch) -> None:
         shape, geometry = self.shape, self.geometry
         before, families = families_of(geometry, self.q.device)
-        if not families:
-            return
-        words, work, windows = opened_work.children(routes, shape, geometry, self.q.element_size())
+        words, work = opened_work.children(routes, shape, geometry, stretch)
         tile, width = reader_tile(shape, self.q.dtype, "children"), 2 * shape.width + 1
         partial = torch.empty(len(work.items), COLUMNS * width, device=self.q.device)
         opened_backward.children_dkv[(len(work.items),)](
             self.q, *self.summaries, before, words, work.order, work.items, self.dout, self.lse, self.delta, partial,
-            *strides(self.q), *self.sizes, shape.pairs, families, words.shape[1], self.scale, BEAM=geometry.beam, COLUMNS=COLUMNS,
-            WORDS=words.shape[2], **tile,
+            *strides(self.q), *self.sizes, shape.pairs, families, words.shape[1], stretch.first, stretch.tokens, self.scale,
+            BEAM=geometry.beam, COLUMNS=COLUMNS, WORDS=words.shape[2], **tile,
         )  # fmt: skip
         readers.add_children[(shape.pairs * families, COLUMNS // min(8, COLUMNS))](
-            partial, work.ranges, before, self.offsets, *nodes, *self.sizes[1::2], geometry.levels, families, windows,
+            partial, work.ranges, before, self.offsets, *nodes, *self.sizes[1::2], geometry.levels, families, stretch.windows,
             D=tile["D"], BD=tile["BD"], COLUMNS=COLUMNS, ROWS=min(8, COLUMNS), num_warps=4,
         )  # fmt: skip
 

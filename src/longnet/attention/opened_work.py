@@ -30,16 +30,12 @@ COLUMNS = 32
 
 # Bytes of the buffer that holds the results of opened leaves for one chunk of tokens. Every chunk reads all leaves before it, so
 # in longer texts chunks grow: until a leaf has LEAF_ROWS rows of queries on average, or the buffer has the bytes of q.
-CHUNK_BYTES, LEAF_ROWS = 2**30, 256
+CHUNK_BYTES, LEAF_ROWS = 2**30, 1024
 
-
-# Bytes of queries and of their gradients that the readers of children in one window have: they stay in the cache.
-WINDOW_BYTES = 2**25
-
-
-def window_of(shape: Shape, element_size: int) -> int:
-    """Tokens of a window."""
-    return max(1, WINDOW_BYTES // (2 * shape.batch * shape.heads * shape.width * element_size))
+# Bytes of queries and of their gradients that the readers of children in one window have: they stay in the cache. Every window
+# may have readers of every family, so the number of windows is bounded, and a stretch of windows whose sums together have
+# CHUNK_BYTES is done before the next.
+WINDOW_BYTES, WINDOWS = 2**25, 512
 
 
 class Chunk(NamedTuple):
@@ -248,21 +244,39 @@ def families_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, int]:
     return torch.tensor(before, dtype=torch.int32, device=device), sum(counts)
 
 
-def children(
-    routes: Routes, shape: Shape, geometry: Geometry, element_size: int
-) -> tuple[Tensor, Readers, int]:
-    """Readers of the children of all opened nodes, by family of COLUMNS nodes; their words (levels - 1, entries, COLUMNS / 32);
-    and the number of windows."""
-    device, window = routes.opened.device, window_of(shape, element_size)
+class Stretch(NamedTuple):
+    """Tokens [first, first + tokens) of all sequences, whose opened nodes' children get their gradients together, in windows."""
+
+    first: int
+    tokens: int
+    window: int
+
+    @property
+    def windows(self) -> int:
+        return triton.cdiv(self.tokens, self.window)
+
+
+def stretches_of(shape: Shape, families: int, element_size: int) -> tuple[Stretch, ...]:
+    token = 2 * shape.batch * shape.heads * shape.width * element_size
+    window = max(1, WINDOW_BYTES // token, triton.cdiv(shape.tokens, WINDOWS))
+    sums = 4 * shape.pairs * families * COLUMNS * (2 * shape.width + 1)
+    size = window * max(1, CHUNK_BYTES // sums)
+    firsts = range(0, shape.tokens, size)
+    return tuple(Stretch(first, min(size, shape.tokens - first), window) for first in firsts)
+
+
+def children(routes: Routes, shape: Shape, geometry: Geometry, stretch: Stretch) -> tuple[Tensor, Readers]:
+    """Readers of the children of all nodes that a stretch opened, by window and family of COLUMNS nodes; and their words (levels
+    - 1, entries, COLUMNS / 32)."""
+    device = routes.opened.device
     before, families = families_of(geometry, device)
-    windows = triton.cdiv(shape.tokens, window)
-    lead = (geometry.levels - 1, shape.pairs * shape.tokens * geometry.beam)
+    lead = (geometry.levels - 1, shape.pairs * stretch.tokens * geometry.beam)
     keys = torch.empty(lead, dtype=torch.int32, device=device)
     words = torch.empty(*lead, triton.cdiv(COLUMNS, 32), dtype=torch.int32, device=device)
     readers.gather_children[(triton.cdiv(lead[1], 256), lead[0])](
-        routes.opened, routes.child_bits, before, keys, words, lead[1], shape.tokens, geometry.levels, families, window, windows,
-        COLUMNS=COLUMNS, RADIX=geometry.radix, BEAM=geometry.beam, WIDTH=geometry.width, WORDS=words.shape[2],
-        BM=256, num_warps=4,
+        routes.opened, routes.child_bits, before, keys, words, lead[1], shape.tokens, stretch.first, stretch.tokens,
+        geometry.levels, families, stretch.window, stretch.windows, COLUMNS=COLUMNS, RADIX=geometry.radix,
+        BEAM=geometry.beam, WIDTH=geometry.width, WORDS=words.shape[2], BM=256, num_warps=4,
     )  # fmt: skip
     most = max(CHILD_READERS, keys.numel() // CHILD_ITEMS)
-    return words, Readers.of(keys, windows * shape.pairs * families, most), windows
+    return words, Readers.of(keys, stretch.windows * shape.pairs * families, most)

@@ -107,14 +107,15 @@ def far_dq(
 @triton.jit
 def children_dkv(
     q, kbar, vbar, entropy, level_bias, offsets, family_offsets, words, order, items, dout, lse, delta, partial,
-    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, num_pairs, families, entries, scale,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr,
+    sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, num_pairs, families, entries, first_token, tokens,
+    scale, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr, BEAM: tl.constexpr,
     WORDS: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Per work item, the gradients of the COLUMNS nodes of a family over readers that opened a parent: partial (items, COLUMNS,
     2 D + 1).
 
-    items (., 3), order: `readers.list_items` of the entries of `readers.gather_children`. words (levels - 1, entries, WORDS).
+    items (., 3), order: `readers.list_items` of the entries of `readers.gather_children`, of tokens [first_token, first_token +
+    tokens). words (levels - 1, entries, WORDS).
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
@@ -135,7 +136,7 @@ def children_dkv(
         reader = row // GP
         order += begin
         # Entries count from the pair's first one of the level on.
-        ahead = level.to(tl.int64) * entries + pair * num_tokens * BEAM
+        ahead = level.to(tl.int64) * entries + pair * tokens * BEAM
         words += ahead * WORDS
         entry = (tl.load(order + reader, reader < count, ahead) - ahead).to(tl.int32)
         first_node = tl.load(offsets + level)
@@ -148,8 +149,8 @@ def children_dkv(
         h = tl.load(entropy + node_row, c_ok, float("-inf")) * LOG2E
         head = kh * G + g
         bias = tl.load(level_bias + head * levels + level, g < G, 0.0) * LOG2E
-        q += b * sqb + kh * G * sqh
-        at_pair = b * num_tokens * num_heads + kh * G
+        q += b * sqb + first_token.to(tl.int64) * sqn + kh * G * sqh
+        at_pair = (b * num_tokens + first_token) * num_heads + kh * G
         dk = tl.zeros((BD, COLUMNS), tl.float32)
         dv = tl.zeros((BD, COLUMNS), tl.float32)
         dh = tl.zeros((COLUMNS,), tl.float32)

@@ -58,11 +58,12 @@ def list_items(keys, items, ranges, count, groups, most, total, steps, BG: tl.co
 
 @triton.jit
 def gather_children(
-    opened, child_bits, family_offsets, keys, words, entries, num_tokens, levels, families, window, windows,
-    COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
+    opened, child_bits, family_offsets, keys, words, entries, num_tokens, first_token, tokens, levels, families, window,
+    windows, COLUMNS: tl.constexpr, RADIX: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    """Readers of the children of opened nodes, of all levels: keys (levels - 1, entries) and words (levels - 1, entries, WORDS).
+    """Readers of the children of nodes that `tokens` tokens from first_token on opened, of all levels: keys (levels - 1, entries)
+    and words (levels - 1, entries, WORDS).
 
     An entry is (pair, token, place of a node opened one level up). Its key: the family of that node's children, numbered through
     windows and pairs; their number where there is none or an earlier entry of the token has the same. Its words: bit c, the
@@ -71,7 +72,9 @@ def gather_children(
     """
     level = tl.program_id(1)
     entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    slot = entry // BEAM * levels + level
+    pair = entry // BEAM // tokens
+    token = entry // BEAM % tokens
+    slot = (pair * num_tokens + first_token + token) * levels + level
     place = entry % BEAM
     ok = entry < entries
     above = opened + (slot + 1) * WIDTH + place
@@ -87,10 +90,8 @@ def gather_children(
         there = there & (sibling >= 0) & (sibling // PARENTS == family)
         kept = ~tl.load(child_bits + slot * BEAM + place + i, there, -1).to(tl.int64) & ((1 << RADIX) - 1)
         word |= tl.where(there, kept << (tl.where(there, sibling, 0) % PARENTS * RADIX), 0)
-    pairs = (entries // BEAM // num_tokens).to(tl.int32)
-    number = (entry // BEAM // num_tokens).to(tl.int32) + (entry // BEAM % num_tokens // window).to(
-        tl.int32
-    ) * pairs
+    pairs = entries // BEAM // tokens
+    number = pair.to(tl.int32) + (token // window).to(tl.int32) * pairs
     key = number * families + tl.load(family_offsets + level) + family
     to = level.to(tl.int64) * entries + entry
     tl.store(keys + to, tl.where(first, key, windows * pairs * families), ok)
