@@ -34,6 +34,7 @@ def run(script, *arguments, **environment):
         "pyramids",
         "readers",
         "tables",
+        "scores",
         "compiled",
     ],
 )
