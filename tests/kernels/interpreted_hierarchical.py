@@ -5,8 +5,8 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import far_work, hierarchical_fused, opened_gradients, opened_work
-from longnet.attention.far_work import Geometry, Shape, offsets_of, tokens_per_tile
+from longnet.attention import hierarchical_fused, opened_gradients, opened_work
+from longnet.attention.far_work import Geometry, Shape, tokens_per_tile
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.opened_work import Routes, Tables
 from longnet.attention.pyramid import build_pyramid
@@ -169,40 +169,41 @@ TABLES = [
 ]
 
 
-def choices(pattern, tokens, group, batch, g) -> tuple[Geometry, Shape, Routes]:
-    """Random nodes opened at every level, whatever was opened above them."""
-    integers = lambda *lead: torch.randint(-(2**31), 2**31, lead, generator=g).int()  # noqa: E731
-    geometry, shape = Geometry.of(pattern, tokens), Shape(batch, tokens, 2 * group, 2, 16)
-    routes = Routes.empty(shape, geometry, torch.device("cpu"))
-    routes = Routes(routes.opened, integers(*routes.base_bits.shape), integers(*routes.child_bits.shape))
-    for level, size in enumerate(geometry.sizes):
-        many = min(size, pattern.opened(level))
-        chosen = torch.rand(*routes.opened.shape[:3], size, generator=g).argsort(-1)[..., :many].sort(-1)
-        routes.opened[..., level, :] = -1
-        routes.opened[..., level, :many] = chosen.values
-    return geometry, shape, routes
-
-
-def last_block(tokens: int, block: int, group: int) -> opened_work.Chunk:
-    """Its tiles end beyond the text."""
-    first, tile = (tokens - 1) // block * block, tokens_per_tile(group)
-    return opened_work.Chunk(first, -(-(tokens - first) // tile), tile)
-
-
 def tables() -> None:
     """Unions and columns of random choices, against sets: every tile, level and token."""
     g = torch.Generator().manual_seed(0)
+    integers = lambda high, *lead: torch.randint(-(2**31), high, lead, generator=g).int()  # noqa: E731
     for pattern, tokens, group, batch, wide in TABLES:
         opened_work.NARROW = 0 if wide else 2**31 - 1
-        geometry, shape, routes = choices(pattern, tokens, group, batch, g)
+        geometry, shape = Geometry.of(pattern, tokens), Shape(batch, tokens, 2 * group, 2, 16)
+        routes = Routes.empty(shape, geometry, torch.device("cpu"))
+        routes = Routes(
+            routes.opened, integers(2**31, *routes.base_bits.shape), integers(2**31, *routes.child_bits.shape)
+        )
+        for level, size in enumerate(geometry.sizes):
+            many = min(size, pattern.opened(level))
+            chosen = (
+                torch.rand(*routes.opened.shape[:3], size, generator=g)
+                .argsort(-1)[..., :many]
+                .sort(-1)
+                .values
+            )
+            routes.opened[..., level, :] = -1
+            routes.opened[..., level, :many] = chosen
         entropy = torch.randn(batch, sum(geometry.sizes), 2, generator=g)
         offsets = torch.tensor(geometry.offsets, dtype=torch.int32)
-        whole = Tables.of(routes, entropy, offsets, shape, geometry, last_block(tokens, pattern.block, group))
+        # The tiles of the last block, which end beyond the text.
+        first, tile = (tokens - 1) // pattern.block * pattern.block, tokens_per_tile(group)
+        chunk = opened_work.Chunk(first, -(-(tokens - first) // tile), tile)
+        whole = Tables.of(routes, entropy, offsets, shape, geometry, chunk)
         for level in range(geometry.levels):
-            check_columns(whole, routes, entropy, pattern, level)
+            check_columns(whole, routes, entropy, pattern, level, kept=True)
+        for level in range(geometry.levels - 1, -1, -1):
+            whole.mark(routes, entropy, offsets, level)
+            check_columns(whole, routes, entropy, pattern, level, kept=False)
 
 
-def check_columns(whole: Tables, routes: Routes, entropy, pattern, level: int) -> None:
+def check_columns(whole: Tables, routes: Routes, entropy, pattern, level: int, kept: bool) -> None:
     shape, geometry, chunk = whole.shape, whole.geometry, whole.chunk
     bounds, radix = pattern.bounds(shape.tokens), geometry.radix
     for pair in range(shape.pairs):
@@ -229,18 +230,20 @@ def check_columns(whole: Tables, routes: Routes, entropy, pattern, level: int) -
                     for t, place in zip(holders, places, strict=True)
                 ]
                 bits += [
-                    sum(1 << t for t, w in zip(holders, words, strict=True) if not w >> c & 1)
+                    sum(1 << t for t, w in zip(holders, words, strict=True) if not (kept and w >> c & 1))
                     for c in range(radix)
                 ]
             for i in range(hi - lo):
                 words = [int(routes.base_bits[b, kh, t0 + t, level]) for t in inside]
-                bits.append(sum(1 << t for t, w in enumerate(words) if not w >> i & 1))
+                seen = sum(1 << t for t, w in enumerate(words) if not w >> i & 1)
+                bits.append(seen if kept else -1)
             count = int(whole.totals[level, pair, tile])
             assert count == len(nodes)
             found = whole.records[level, pair, tile, : -(-count // opened_work.PAD) * opened_work.PAD]
             wanted = torch.tensor(bits + [0] * (len(found) - count)).int()
-            # Tokens beyond the text may be said to see anything that is listed.
-            seeing = found.int() & ((1 << len(inside)) - 1)
+            seeing = found.int()
+            if kept:  # tokens beyond the text may be said to see anything that is listed
+                seeing = seeing & ((1 << len(inside)) - 1)
             assert torch.equal(seeing, wanted), (level, pair, tile)
             rows = (b * sum(geometry.sizes) + geometry.offsets[level] + torch.tensor(nodes).int()) * 2 + kh
             assert torch.equal(whole.rows[level, pair, tile, :count], rows.int())
@@ -248,68 +251,7 @@ def check_columns(whole: Tables, routes: Routes, entropy, pattern, level: int) -
             torch.testing.assert_close(h, entropy.flatten()[rows.long()] * 1.4426950408889634)
 
 
-def scores() -> None:
-    """Every token's scores at every level where they are asked for, against a softmax over its candidates; in one and two passes."""
-    g = torch.Generator().manual_seed(1)
-    asked = 0
-    for columns in (16, 128):
-        far_work.SCORE_TILE = (columns, 4)
-        for pattern, tokens, group, batch, _ in TABLES:
-            geometry, shape, routes = choices(pattern, tokens, group, batch, g)
-            nodes, chunk = sum(geometry.sizes), last_block(tokens, pattern.block, group)
-            q = torch.randn(batch, tokens, shape.heads, 16, generator=g)
-            kbar, entropy = (
-                torch.randn(batch, nodes, 2, 16, generator=g),
-                torch.randn(batch, nodes, 2, generator=g),
-            )
-            for level in range(geometry.levels):
-                found = opened_work.score(
-                    q,
-                    kbar,
-                    entropy,
-                    offsets_of(geometry, q.device),
-                    routes,
-                    shape,
-                    geometry,
-                    chunk,
-                    0.3,
-                    level,
-                )
-                if found is not None:
-                    asked += check_scores(
-                        found, q, kbar, entropy, routes, pattern, shape, geometry, chunk, level
-                    )
-    assert asked > 100
-
-
-def check_scores(found, q, kbar, entropy, routes, pattern, shape, geometry, chunk, level: int) -> int:
-    """How many tokens had scores."""
-    asked, lists = 0, pattern.bounds(shape.tokens)[level, :2]
-    for pair in range(shape.pairs):
-        b, kh = divmod(pair, shape.key_heads)
-        for token in range(chunk.first, shape.tokens):
-            above = (
-                routes.opened[b, kh, token, level + 1, : geometry.beam]
-                if level + 1 < geometry.levels
-                else torch.empty(0)
-            )
-            children = (above[above >= 0, None] * geometry.radix + torch.arange(geometry.radix)).flatten()
-            candidates = torch.cat(
-                (children, torch.arange(*lists[:, token // geometry.block].tolist()))
-            ).long()
-            if len(candidates) <= pattern.opened(level):
-                continue
-            rows = geometry.offsets[level] + candidates
-            heads = q[b, token, kh * shape.group : (kh + 1) * shape.group]
-            wanted = (0.3 * heads @ kbar[b, rows, kh].T + entropy[b, rows, kh]).softmax(-1).mean(0)
-            torch.testing.assert_close(
-                found[pair, token - chunk.first, : len(rows)], wanted, rtol=1e-4, atol=1e-6
-            )
-            asked += 1
-    return asked
-
-
-PARTS = {"pyramids": pyramids, "readers": readers, "tables": tables, "scores": scores, "compiled": compiled}
+PARTS = {"pyramids": pyramids, "readers": readers, "tables": tables, "compiled": compiled}
 if sys.argv[1] in PARTS:
     PARTS[sys.argv[1]]()
 else:

@@ -34,7 +34,6 @@ def run(script, *arguments, **environment):
         "pyramids",
         "readers",
         "tables",
-        "scores",
         "compiled",
     ],
 )

@@ -53,10 +53,6 @@ class Geometry(NamedTuple):
         above = self.sizes[level + 1] if level + 1 < self.levels else 0
         return triton.next_power_of_2(max(1, min(self.beam, above)))
 
-    def candidates(self, level: int) -> int:
-        """Room for those of a token."""
-        return self.parents(level) * self.radix + self.listed
-
 
 class Shape(NamedTuple):
     batch: int
@@ -162,7 +158,7 @@ def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
 # of opened leaves are on their way.
 FAR_ROWS = 64
 PLACE_STAGES = 3
-FAR_TILES = {"attend": (32, 4, 3, 168), "dq": (32, 4, 3, 168)}
+FAR_TILES = {"score": (32, 4, 2, None), "attend": (32, 4, 3, 168), "dq": (32, 4, 3, 168)}
 
 
 def far_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
@@ -184,24 +180,6 @@ def place_tile(geometry: Geometry, tokens: int) -> dict:
     places = max(16, triton.next_power_of_2(geometry.top_k))
     at_once = min(tokens, max(1, 32 // places))
     return {"TOP_K": geometry.top_k, "PLACES": places, "AT_ONCE": at_once, "WIDTH": geometry.width}
-
-
-# Children that a token's heads are scored against at a time, and warps.
-SCORE_TILE = (128, 4)
-
-
-def score_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, level: int) -> dict:
-    columns, warps = SCORE_TILE
-    room = geometry.parents(level) * geometry.radix
-    return tile_of(shape, dtype) | {
-        "G": shape.group,
-        "GP": max(16, triton.next_power_of_2(shape.group)),
-        "T": tokens_per_tile(shape.group),
-        "BC": min(room, columns if dtype != torch.float32 else 32),
-        "ROOM": room,
-        "num_warps": warps,
-        "num_stages": 1,
-    }
 
 
 # Warps that search the candidates of one token.
@@ -252,12 +230,6 @@ def cover_constants(geometry: Geometry) -> dict:
         "WINDOW": geometry.window,
         "GUARD": geometry.guard,
     }
-
-
-def choice_constants(geometry: Geometry) -> dict:
-    """What the scores and the selection of nodes to open want."""
-    constants = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
-    return constants | {"LISTED": geometry.listed} | cover_constants(geometry)
 
 
 def tokens_per_tile(group: int) -> int:

@@ -20,7 +20,7 @@ from longnet.attention.far_work import (
 )
 from longnet.attention.fused import aligned
 from longnet.attention.hierarchical_gradients import backward
-from longnet.attention.opened_work import Leaves, Routes, Tables, chunks_of, route
+from longnet.attention.opened_work import Leaves, Routes, chunks_of, route
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 from longnet.kernels import cover, leaves, opened_forward
 from longnet.patterns import HierarchicalPattern
@@ -135,7 +135,7 @@ def forward(
     summaries = (kbar, vbar, entropy, level_bias)
     routes, kept = Routes.empty(shape, geometry, q.device), []
     for chunk in chunks_of(q, shape, geometry):
-        readers = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
+        tables, readers = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
         logits = torch.empty(2, *lead, device=q.device)
@@ -146,7 +146,6 @@ def forward(
             *strides(q), *strides(k), *strides(v), geometry.sizes[0], shape.key_heads, chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, q.dtype, "leaf forward"),
         )  # fmt: skip
-        tables = Tables.of(routes, entropy, offsets, shape, geometry, chunk)
         opened_forward.far_attend[tables.grid](
             q, *summaries, router_mix, routes.opened, *tables.lists, part, logits, out, lse,
             *strides(q), *sizes, chunk.first, tables.columns,

@@ -13,9 +13,8 @@ from longnet.attention.far_work import (
     SELECT_WARPS,
     Geometry,
     Shape,
-    choice_constants,
     cover_constants,
-    score_tile,
+    far_tile,
     strides,
     tokens_per_tile,
 )
@@ -149,35 +148,45 @@ class Tables:
     def lists(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.rows, self.records, self.totals
 
-    def _unite(self, routes: Routes) -> None:
-        """The nodes that the tiles' tokens opened, of all levels but the finest."""
-        geometry, levels = self.geometry, self.geometry.levels - 1
+    def unite(self, routes: Routes, level: int, count: int = 1) -> None:
+        """The columns below `level` and the `count` - 1 levels above it, from what the tokens opened there."""
+        geometry = self.geometry
         entries = self.chunk.tile * geometry.beam
         wide = max(geometry.sizes) * entries >= NARROW
-        dtype = torch.int64 if wide else torch.int32
-        scratch = torch.empty(levels, *self.rows.shape[1:3], entries, dtype=dtype, device=self.rows.device)
-        routing.unite[(*self.grid, levels)](
+        scratch = torch.empty(
+            count,
+            *self.rows.shape[1:3],
+            entries,
+            dtype=torch.int64 if wide else torch.int32,
+            device=self.rows.device,
+        )
+        routing.unite[(*self.grid, count)](
             routes.opened, scratch, self.united, self.members, self.places, self.sizes,
-            self.shape.tokens, geometry.levels, self.chunk.first, self.most,
+            self.shape.tokens, geometry.levels, level, self.chunk.first, self.most,
             T=self.chunk.tile, BEAM=geometry.beam, WIDTH=geometry.width, WIDE=wide,
             BITS=self.chunk.tile + geometry.beam.bit_length(), num_warps=2,
+        )  # fmt: skip
+
+    def mark(self, routes: Routes, entropy: Tensor, offsets: Tensor, level: int | None = None) -> None:
+        """The columns that a `level`'s tokens see; of all levels, those that stay summaries."""
+        geometry = self.geometry
+        tile = {"T": self.chunk.tile, "PARENTS": max(1, MARKED // geometry.radix), "PAD": PAD}
+        tile["REST"] = triton.next_power_of_2(geometry.listed + PAD)
+        routing.mark[(*self.grid, geometry.levels if level is None else 1)](
+            routes.base_bits, routes.child_bits, self.united, self.members, self.places, self.sizes, offsets, entropy,
+            *self.lists, self.shape.tokens, entropy.shape[1], self.shape.key_heads, geometry.levels, level or 0,
+            self.chunk.first, self.most, self.columns, KEPT=level is None, BEAM=geometry.beam, num_warps=2,
+            **tile, **cover_constants(geometry),
         )  # fmt: skip
 
     @classmethod
     def of(
         cls, routes: Routes, entropy: Tensor, offsets: Tensor, shape: Shape, geometry: Geometry, chunk: Chunk
     ) -> Tables:
-        """The summaries that tokens see and did not open."""
         tables = cls(shape, geometry, chunk, routes.opened.device)
         if geometry.levels > 1:
-            tables._unite(routes)
-        tile = {"T": chunk.tile, "PARENTS": max(1, MARKED // geometry.radix), "PAD": PAD}
-        tile["REST"] = triton.next_power_of_2(geometry.listed + PAD)
-        routing.mark[(*tables.grid, geometry.levels)](
-            routes.base_bits, routes.child_bits, tables.united, tables.members, tables.places, tables.sizes, offsets, entropy,
-            *tables.lists, shape.tokens, entropy.shape[1], shape.key_heads, geometry.levels, chunk.first, tables.most,
-            tables.columns, BEAM=geometry.beam, num_warps=2, **tile, **cover_constants(geometry),
-        )  # fmt: skip
+            tables.unite(routes, 1, geometry.levels - 1)
+        tables.mark(routes, entropy, offsets)
         return tables
 
 
@@ -191,43 +200,40 @@ def route(
     geometry: Geometry,
     chunk: Chunk,
     scale: float,
-) -> Readers:
+) -> tuple[Tables, Readers]:
     """Open nodes for the tokens of a chunk, from the coarsest level down; the readers of the leaves that they opened."""
+    tables = Tables(shape, geometry, chunk, q.device)
     leaves = geometry.sizes[0]
     keys = torch.empty(shape.pairs, chunk.tokens, geometry.top_k, dtype=torch.int32, device=q.device)
+    constants = {"TOP_K": geometry.top_k, "BEAM": geometry.beam, "WIDTH": geometry.width}
+    constants |= {"LISTED": geometry.listed, "PLACES": triton.next_power_of_2(geometry.width)}
     for level in range(geometry.levels - 1, -1, -1):
-        scores = score(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale, level)
         parents = geometry.parents(level)
+        places = parents * geometry.radix + geometry.listed
+        scores = keys
+        if geometry.sizes[level] > (geometry.beam if level else geometry.top_k):
+            scores = torch.empty(shape.pairs, chunk.tokens, places, device=q.device)
+            tables.mark(routes, entropy, offsets, level)
+            _score(q, kbar, routes, tables, scores, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
-            keys if scores is None else scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves,
-            geometry.candidates(level), PARENTS=parents, PLACES=triton.next_power_of_2(geometry.width),
-            num_warps=SELECT_WARPS, **choice_constants(geometry),
+            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
+            PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
-    return Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
+        if level:
+            tables.unite(routes, level)
+    tables.mark(routes, entropy, offsets)
+    return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
 
 
-def score(
-    q: Tensor,
-    kbar: Tensor,
-    entropy: Tensor,
-    offsets: Tensor,
-    routes: Routes,
-    shape: Shape,
-    geometry: Geometry,
-    chunk: Chunk,
-    scale: float,
-    level: int,
-) -> Tensor | None:
-    """(pairs, tokens of the chunk, candidates) fp32; None where there are no more nodes than places, and all are opened."""
-    if geometry.sizes[level] <= (geometry.beam if level else geometry.top_k):
-        return None
-    scores = torch.empty(shape.pairs, chunk.tokens, geometry.candidates(level), device=q.device)
-    routing.score[(chunk.tiles, shape.pairs)](
-        q, kbar, entropy, offsets, routes.opened, scores, *strides(q), shape.tokens, kbar.shape[1], shape.key_heads,
-        geometry.levels, level, scale, chunk.first, scores.shape[2],
-        **choice_constants(geometry), **score_tile(shape, geometry, q.dtype, level),
+def _score(q, kbar, routes, tables, scores, level, scale) -> None:
+    """Where there are no more nodes than places all are opened, and nobody asks for their scores."""
+    shape, geometry = tables.shape, tables.geometry
+    routing.score[tables.grid](
+        q, kbar, routes.opened, tables.places, tables.sizes, tables.rows, tables.records, scores, *strides(q),
+        shape.tokens, shape.key_heads, geometry.levels, level, scale, tables.chunk.first, tables.most, tables.columns,
+        scores.shape[2], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width, **cover_constants(geometry),
+        **far_tile(shape, q.dtype, "score"),
     )  # fmt: skip
-    return scores
 
 
 @functools.lru_cache(maxsize=64)

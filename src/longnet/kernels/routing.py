@@ -55,10 +55,10 @@ def places_of(
 
 @triton.jit
 def unite(
-    opened, scratch, united, members, places, sizes, num_tokens, levels, first_token, most,
+    opened, scratch, united, members, places, sizes, num_tokens, levels, first_level, first_token, most,
     T: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """The nodes of level z + 1 that any token of a tile opened, whose children are columns of level z.
+    """The nodes of a level, first_level + z, that any token of a tile opened: the columns of the level below it.
 
     Tables of the level below, one level after the other: united (pairs, tiles, most) int32, ascending; sizes (pairs, tiles)
     int32; members (pairs, tiles, most) int32: bit t, token t opened it; places (pairs, tiles, most, T) int16: at which place,
@@ -68,15 +68,17 @@ def unite(
     E: tl.constexpr = T * BEAM
     NOTHING: tl.constexpr = (1 << 60) if WIDE else (1 << 31) - 1
     pair = tl.program_id(1).to(tl.int64)
-    below = tl.program_id(2)
-    tile = (below * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
-    scratch += tile * E
+    level = first_level + tl.program_id(2)
+    tables = tl.num_programs(0) * tl.num_programs(1)
+    tile = pair * tl.num_programs(0) + tl.program_id(0)
+    scratch += (tl.program_id(2) * tables + tile) * E
+    tile += (level - 1) * tables
     united += tile * most
     members += tile * most
     places += tile * most * T
     e = tl.arange(0, E)
     t0 = first_token + tl.program_id(0) * T
-    opened += ((pair * num_tokens + t0) * levels + below + 1) * WIDTH
+    opened += ((pair * num_tokens + t0) * levels + level) * WIDTH
     node = tl.load(opened + e // BEAM * levels * WIDTH + e % BEAM, t0 + e // BEAM < num_tokens, -1)
     if WIDE:
         node = node.to(tl.int64)
@@ -114,20 +116,20 @@ def store_columns(rows, records, c, row, h, bits, ok):
 @triton.jit
 def mark(
     base_bits, child_bits, united, members, places, sizes, offsets, entropy, rows, records, totals,
-    num_tokens, num_nodes, num_key_heads, levels, first_token, most, columns,
+    num_tokens, num_nodes, num_key_heads, levels, first_level, first_token, most, columns,
     BLOCK: tl.constexpr, T: tl.constexpr, PARENTS: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
-    GUARD: tl.constexpr, BEAM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr,
+    GUARD: tl.constexpr, BEAM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """The columns of level z, as the kernels over tiles read them, PAD at a time.
+    """The columns of level first_level + z, as the kernels over tiles read them, PAD at a time.
 
     rows (levels, pairs, tiles, columns) int32: the row of a column's summary. records alike, int64: above, its entropy (log2)
-    as fp32; below, bit t: token t of the tile sees it and did not open it. totals (levels, pairs, tiles): columns.
+    as fp32; below, bit t: token t of the tile sees it and, if KEPT, did not open it. totals (levels, pairs, tiles): columns.
     REST: a power of two that listed nodes and PAD together do not exceed.
     """
     TOGETHER: tl.constexpr = T if T * RADIX <= 64 else 64 // RADIX
     pair = tl.program_id(1).to(tl.int64)
     kh = (pair % num_key_heads).to(tl.int32)
-    level = tl.program_id(2)
+    level = first_level + tl.program_id(2)
     tile = (level * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
     t0 = first_token + tl.program_id(0) * T
     slot = (pair * num_tokens + t0) * levels + level
@@ -146,17 +148,20 @@ def mark(
         p = begin + tl.arange(0, PARENTS)
         ok = p < union_size
         member = tl.load(members + p, ok, 0)
-        bits = tl.zeros((PARENTS, RADIX), tl.int32)
-        for first in tl.static_range(0, T, TOGETHER):
-            # The children that tokens first, first + 1, .. did not open, RADIX bits each.
-            words = tl.zeros((PARENTS,), tl.int64)
-            for i in tl.static_range(TOGETHER):
-                opens = ok & ((member >> (first + i)) & 1 != 0)
-                place = tl.load(places + p * T + first + i, opens, 0).to(tl.int32)
-                word = tl.load(child_bits + (slot + (first + i) * levels) * BEAM + place, opens, -1)
-                words |= (~word.to(tl.int64) & ((1 << RADIX) - 1)) << (RADIX * i)
-            for i in tl.static_range(TOGETHER):
-                bits |= ((words[:, None] >> (RADIX * i + child)) & 1).to(tl.int32) << (first + i)
+        if KEPT:
+            bits = tl.zeros((PARENTS, RADIX), tl.int32)
+            for first in tl.static_range(0, T, TOGETHER):
+                # The children that tokens first, first + 1, .. did not open, RADIX bits each.
+                words = tl.zeros((PARENTS,), tl.int64)
+                for i in tl.static_range(TOGETHER):
+                    opens = ok & ((member >> (first + i)) & 1 != 0)
+                    place = tl.load(places + p * T + first + i, opens, 0).to(tl.int32)
+                    word = tl.load(child_bits + (slot + (first + i) * levels) * BEAM + place, opens, -1)
+                    words |= (~word.to(tl.int64) & ((1 << RADIX) - 1)) << (RADIX * i)
+                for i in tl.static_range(TOGETHER):
+                    bits |= ((words[:, None] >> (RADIX * i + child)) & 1).to(tl.int32) << (first + i)
+        else:
+            bits = member[:, None] + tl.zeros((PARENTS, RADIX), tl.int32)
         row = (first_row + tl.load(united + p, ok, 0)[:, None] * RADIX + child) * num_key_heads + kh
         here = ok[:, None] & (child >= 0)
         h = tl.load(entropy + row, here, 0.0)
@@ -164,9 +169,10 @@ def mark(
     listed = tl.arange(0, REST)
     is_listed = listed < hi - lo
     bits = tl.where(is_listed, -1, 0)
-    for t in tl.static_range(T):
-        word = tl.load(base_bits + slot + t * levels, t0 + t < num_tokens, -1)
-        bits ^= tl.where(is_listed, ((word >> (listed & 31)) & 1) << t, 0)
+    if KEPT:
+        for t in tl.static_range(T):
+            word = tl.load(base_bits + slot + t * levels, t0 + t < num_tokens, -1)
+            bits ^= tl.where(is_listed, ((word >> (listed & 31)) & 1) << t, 0)
     row = tl.where(is_listed, (first_row + lo + listed) * num_key_heads + kh, 0)
     h = tl.load(entropy + row)
     c = union_size * RADIX + listed
@@ -194,76 +200,69 @@ def read_columns(rows, records, at, BC: tl.constexpr):
 
 
 @triton.jit
-def logits_of(qt, kbar, entropy, row, ok, d, scale, D: tl.constexpr, PREC: tl.constexpr):
-    """log2 of the weights (nodes, heads) of summaries in the rows `row`, -inf where not ok."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    kt = load_rows(kbar, row, ok, D, d, D)
-    h = tl.load(entropy + row, ok, float("-inf")) * LOG2E
-    return tl.dot(kt, tl.trans(qt), input_precision=PREC) * (scale * LOG2E) + h[:, None]
-
-
-@triton.jit
 def score(
-    q, kbar, entropy, offsets, opened, scores,
-    sqb, sqn, sqh, num_tokens, num_nodes, num_key_heads, levels, level, scale, first_token, width,
+    q, kbar, opened, places, sizes, rows, records, scores,
+    sqb, sqn, sqh, num_tokens, num_key_heads, levels, level, scale, first_token, most, columns, width,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    BC: tl.constexpr, ROOM: tl.constexpr, LISTED: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
-    GUARD: tl.constexpr, TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
+    BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
+    TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """scores (pairs, tokens of the chunk, width) fp32 of every token's candidates at a level: the mean over the group of their
-    softmax.
+    """scores (pairs, tiles T, width) fp32 of every token's candidates at a level: the mean over the group of their softmax.
 
-    Candidates are the rows of a product with a token's heads, BC children at a time; where that holds all of them (ROOM), each
-    summary is read once. T tokens one after the other: neighbours in a text have much the same candidates, which are then still
-    near the processor. A level's bias moves all logits of a head alike and so no score. Tokens with no more candidates than
-    places open them all: nobody asks for their scores.
+    A level's bias moves all logits of a head alike and so no score. Tokens with no more candidates than places open them
+    all: nobody asks for their scores.
     """
+    LOG2E: tl.constexpr = 1.4426950408889634
     pair = tl.program_id(1).to(tl.int64)
+    tile = pair * tl.num_programs(0) + tl.program_id(0)
+    scores += tile * T * width
+    tile += level * tl.num_programs(0) * tl.num_programs(1)
     b = pair // num_key_heads
     kh = pair % num_key_heads
     t0 = first_token + tl.program_id(0) * T
-    lo, hi = list_of_level(tl.maximum(0, t0 // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
-    opened += ((pair * num_tokens + t0) * levels + tl.minimum(level + 1, levels - 1)) * WIDTH
-    children = count_opened(opened, level, levels, BEAM) * RADIX
-    if children + hi - lo > tl.where(level == 0, TOP_K, BEAM):
+    first = tl.maximum(0, t0 // BLOCK - WINDOW + 1)
+    lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
+    above = opened + ((pair * num_tokens + t0) * levels + tl.minimum(level + 1, levels - 1)) * WIDTH
+    parents = count_opened(above, level, levels, BEAM)
+    if parents * RADIX + hi - lo > tl.where(level == 0, TOP_K, BEAM):
+        row = tl.arange(0, T * GP)
+        token = (t0 + row // GP).to(tl.int64)
+        head = kh * G + row % GP
+        row_ok = (row % GP < G) & (token < num_tokens)
         d = tl.arange(0, BD)
-        g = tl.arange(0, GP)
-        c = tl.arange(0, BC)
-        n = tl.arange(0, LISTED)
-        q += b * sqb + kh * G * sqh
-        first_row = b * num_nodes + tl.load(offsets + level)
-        listed_row = (first_row + lo + n) * num_key_heads + kh
-        listed = n < hi - lo
-        scores += (pair * tl.num_programs(0) + tl.program_id(0)) * T * width
-        for t in range(tl.minimum(T, num_tokens - t0)):
-            at_q = (t0 + t).to(tl.int64) * sqn + g[:, None] * sqh + d[None, :]
-            qt = tl.load(q + at_q, (g < G)[:, None] & (d < D)[None, :], 0.0)
-            above = opened + t * levels * WIDTH
-            of_listed = logits_of(qt, kbar, entropy, listed_row, listed, d, scale, D, PREC)
-            # Finite: there may be nothing to see.
-            top = tl.maximum(tl.max(of_listed, 0), -1e30)
-            mass = tl.sum(tl.exp2(of_listed - top[None, :]), 0)
-            of_child = tl.full((BC, GP), float("-inf"), tl.float32)
-            for begin in tl.range(0, children, BC):
-                at = begin + c
-                node = tl.load(above + at // RADIX, at < children, 0) * RADIX + at % RADIX
-                row = (first_row + node) * num_key_heads + kh
-                of_child = logits_of(qt, kbar, entropy, row, at < children, d, scale, D, PREC)
-                new = tl.maximum(top, tl.max(of_child, 0))
-                mass = mass * tl.exp2(top - new) + tl.sum(tl.exp2(of_child - new[None, :]), 0)
-                top = new
-            share = tl.where((g < G) & (mass > 0), 1.0 / (tl.where(mass > 0, mass, 1.0) * G), 0.0)
-            to = scores + t * width
-            for begin in tl.range(0, children, BC):
-                at = begin + c
-                if BC < ROOM:
-                    node = tl.load(above + at // RADIX, at < children, 0) * RADIX + at % RADIX
-                    row = (first_row + node) * num_key_heads + kh
-                    of_child = logits_of(qt, kbar, entropy, row, at < children, d, scale, D, PREC)
-                p = tl.exp2(of_child - top[None, :]) * share[None, :]
-                tl.store(to + at, tl.sum(p, 1), at < children)
-            p = tl.exp2(of_listed - top[None, :]) * share[None, :]
-            tl.store(to + children + n, tl.sum(p, 1), listed)
+        at_q = b * sqb + token[:, None] * sqn + head[:, None] * sqh + d[None, :]
+        qt = tl.load(q + at_q, row_ok[:, None] & (d < D)[None, :], 0.0)
+        union_size = tl.load(sizes + tile, level < levels - 1, 0)
+        size = union_size * RADIX + hi - lo
+        mask = (1 << (row // GP))[:, None]
+        # Finite: a row may see nothing of the first columns.
+        top = tl.full((T * GP,), -1e30, tl.float32)
+        mass = tl.zeros((T * GP,), tl.float32)
+        for begin in tl.range(0, size, BC):
+            node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
+            s = tl.where((bits[None, :] & mask) != 0, s, float("-inf"))
+            new = tl.maximum(top, tl.max(s, 1))
+            mass = mass * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
+            top = new
+        share = tl.where(row_ok & (mass > 0), 1.0 / (tl.where(mass > 0, mass, 1.0) * G), 0.0)
+        t = tl.arange(0, T)
+        to = scores + t[:, None] * width
+        for begin in tl.range(0, size, BC):
+            node, h, bits = read_columns(rows, records, tile * columns + begin, BC)
+            kt = tl.load(kbar + node[:, None] * D + d[None, :], (d < D)[None, :], 0.0)
+            s = tl.dot(qt, tl.trans(kt), input_precision=PREC) * (scale * LOG2E) + h[None, :]
+            p = tl.exp2(tl.minimum(s - top[:, None], 0.0)) * share[:, None]
+            p = tl.sum(tl.reshape(p, (T, GP, BC)), 1)
+            c = begin + tl.arange(0, BC)
+            is_child = (c < union_size * RADIX)[None, :]
+            sees = (bits[None, :] >> t[:, None]) & 1 != 0
+            at_place = places + (tile * most + c // RADIX)[None, :] * T + t[:, None]
+            place = tl.load(at_place, sees & is_child, 0).to(tl.int32)
+            listed = (parents * RADIX + c - union_size * RADIX)[None, :]
+            at = tl.where(is_child, place * RADIX + (c % RADIX)[None, :], listed)
+            tl.store(to + at, p, sees & (t0 + t < num_tokens)[:, None])
 
 
 @triton.jit
