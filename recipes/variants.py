@@ -23,8 +23,8 @@ from longnet import (
     explain,
 )
 from longnet.attention.hierarchical import unsupported
+from longnet.attention.rotary import turn
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
-from longnet.model.layers import apply_rotary
 
 # exp(-10000) is 0 in every dtype: summaries with this bias have no weight, whatever they score.
 NEVER = -1e4
@@ -122,7 +122,7 @@ class LongNetPlainAttention(LongNetHierarchicalAttention):
         q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=2)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(self._convolve(k, None)).to(v.dtype)
         if self.turned:
-            q, k = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
+            q, k = (turn(x, rotary, v.dtype) for x in (q, k))
         if lengths is None and self.causal and is_dense(self.dilated):
             out = dense_attention(q, k, v)
         else:

@@ -8,7 +8,8 @@ import torch
 from longnet import HierarchicalPattern
 from longnet.attention.attention_map import attention_map
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
-from longnet.model.layers import apply_rotary, rotary_angles
+from longnet.attention.rotary import turn
+from longnet.model.layers import rotary_angles
 
 PATTERNS = {
     "opened": HierarchicalPattern(block=4, radix=2, window_blocks=2, top_k=2, beam=3),
@@ -32,7 +33,7 @@ def test_weights_are_those_of_the_reference(name, tokens):
     q, k = random(1, tokens, heads, width, seed=0), random(1, tokens, key_heads, width, seed=1)
     one_hot = torch.eye(tokens, width, dtype=torch.float64)[None, :, None].expand(1, -1, key_heads, -1)
     rotary = rotary_angles(torch.arange(tokens)[None], width, 10_000.0)
-    q_local, k_local = (apply_rotary(x, rotary, x.dtype) for x in (q, k))
+    q_local, k_local = (turn(x, rotary) for x in (q, k))
     prior, bias = random(key_heads, width, seed=2), random(heads, 8, seed=3)
     mix, scale, routes = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64), 1 / math.sqrt(width), {}
     weights, _ = hierarchical_attention_reference(

@@ -13,6 +13,7 @@ from longnet.attention.dilated import AttentionOutput, refuse_meta
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
 from longnet.attention.hierarchical_torch import Far, Parameters
 from longnet.attention.pyramid import build_pyramid
+from longnet.attention.rotary import turn, turn_by_torch
 from longnet.attention.strided import has_triton
 from longnet.patterns import HierarchicalPattern
 from longnet.shapes import Keys, Lengths, Queries
@@ -78,7 +79,12 @@ def hierarchical_attention(
     scale = 1 / math.sqrt(width) if scale is None else float(scale)
     levels = pattern.num_levels(tokens, causal)
     level_bias, router_mix = _parameters(q, levels, level_bias, router_mix)
-    q_local, k_local = (q, k) if rotary is None else (_turn(q, rotary), _turn(k, rotary))
+    if rotary is None:
+        q_local, k_local = q, k
+    elif chosen == "reference":
+        q_local, k_local = (turn_by_torch(x, rotary, x.dtype) for x in (q, k))
+    else:
+        q_local, k_local = turn(q, rotary), turn(k, rotary)
     if chosen == "reference":
         prior = torch.zeros_like(k[0, 0]) if prior_query is None else prior_query
         return AttentionOutput(
@@ -125,13 +131,6 @@ def _parameters(
     bias = torch.zeros(heads, levels, device=q.device) if level_bias is None else level_bias[:, :levels]
     mix = torch.ones(heads, device=q.device) if router_mix is None else router_mix
     return bias.to(work), mix.to(work)
-
-
-def _turn(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[i], x[i + D / 2]) by their angle, rounded once."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def unsupported(q: Tensor, k: Tensor, pattern: HierarchicalPattern, causal: bool) -> str | None:

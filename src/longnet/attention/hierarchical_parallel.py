@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from longnet.attention.collectives import SequenceParallel
 from longnet.attention.dilated import AttentionOutput
-from longnet.attention.hierarchical import _check, _parameters, _turn
+from longnet.attention.hierarchical import _check, _parameters
 from longnet.attention.hierarchical_exchange import (
     Blocks,
     Leaves,
@@ -34,6 +34,7 @@ from longnet.attention.hierarchical_exchange import (
 )
 from longnet.attention.hierarchical_torch import Far, Group, Parameters, parts
 from longnet.attention.pyramid import pool, token_mass
+from longnet.attention.rotary import turn
 from longnet.attention.vectors import Vectors
 from longnet.patterns import HierarchicalPattern
 from longnet.schedule import Halo, halo, leaf_counts
@@ -96,7 +97,7 @@ def sequence_parallel_hierarchical_attention(
         )
     plan = _Plan.of(pattern, parallel, q.shape[-1], scale)
     bias, mix = _parameters(q, levels, level_bias, router_mix)
-    q_local, k_local = (q, k) if rotary is None else (_turn(q, rotary), _turn(k, rotary))
+    q_local, k_local = (q, k) if rotary is None else (turn(q, rotary), turn(k, rotary))
     mass = token_mass(k, prior_query, plan.scale)
     leaves = pool(k, v, mass, torch.zeros_like(mass), plan.leaves.own, pattern.block)
     return AttentionOutput(*_Attention.apply(q, q_local, k, k_local, v, *leaves, bias, mix, plan))

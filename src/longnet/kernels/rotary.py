@@ -1,10 +1,60 @@
-"""RMS norm and rotary turn of queries and keys in one pass over memory, in place; for inference."""
+"""Rotary turns of queries and keys in one pass over memory: alone, and in place with the RMS norm before it, for inference."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# Rows (a head of a token) of a program.
+ROWS = 64
+
+
+@triton.jit
+def _turn_kernel(
+    x, out, cos, sin, tokens, heads, sxb, sxn, sxh, scb, scn,
+    D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    half: tl.constexpr = D // 2
+    row = tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    n = (tl.program_id(0) * (BM // BH) + row // BH).to(tl.int64)
+    h = row % BH
+    ok = (n < tokens) & (h < heads)
+    mask = ok[:, None] & (d < half)[None, :]
+    at = x + b * sxb + (n * sxn + h * sxh)[:, None] + d[None, :]
+    first = tl.load(at, mask, 0.0).to(tl.float32)
+    second = tl.load(at + half, mask, 0.0).to(tl.float32)
+    angle = b * scb + n[:, None] * scn + d[None, :]
+    c = tl.load(cos + angle, mask, 0.0)
+    s = tl.load(sin + angle, mask, 0.0)
+    if BACK:
+        s = -s
+    to = out + ((b * tokens + n) * heads + h)[:, None] * D + d[None, :]
+    tl.store(to, (first * c - second * s).to(out.dtype.element_ty), mask)
+    tl.store(to + half, (second * c + first * s).to(out.dtype.element_ty), mask)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool = False) -> Tensor:
+    """The pairs (x[i], x[i + D / 2]) of x (B, N, H, D) turned by their angle, or `back`, rounded to `dtype`.
+
+    cos, sin (B or 1, N, 1, D / 2) fp32. -> (B, N, H, D), contiguous.
+    """
+    x = x if x.stride(3) == 1 else x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batch, tokens, heads, width = x.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if not x.numel():
+        return out
+    padded = triton.next_power_of_2(heads)
+    rows = max(ROWS, padded)
+    _turn_kernel[(triton.cdiv(tokens, rows // padded), batch)](
+        x, out, cos, sin, tokens, heads, *x.stride()[:3], cos.stride(0) if cos.shape[0] == batch else 0, cos.stride(1),
+        D=width, BD=triton.next_power_of_2(width // 2), BH=padded, BM=rows, BACK=back, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit

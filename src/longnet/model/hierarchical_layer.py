@@ -13,7 +13,8 @@ from longnet.attention.attention_map import AttentionMap, attention_map
 from longnet.attention.hierarchical import HierarchicalImpl, hierarchical_attention
 from longnet.attention.hierarchical_cached import Step
 from longnet.attention.hierarchical_torch import Parameters
-from longnet.model.layers import LongNetProjections, apply_rotary
+from longnet.attention.rotary import turn
+from longnet.model.layers import LongNetProjections
 
 if TYPE_CHECKING:
     from longnet.model.cache import LongNetCache
@@ -98,7 +99,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
     def attention_maps(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> list[AttentionMap]:
         """What the last token of hidden (1, N, C) sees, one map per head."""
         q, k, v = self._project(hidden)
-        q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
+        q_local, k_local = (turn(x, rotary, v.dtype) for x in (q, k))
         mix, scale = self.beta(), 1 / math.sqrt(self.head_dim)
         return attention_map(
             q[0, -1], q_local[0, -1], k[0], k_local[0], self.pattern, scale, self.prior_query, self.level_bias, mix
@@ -115,7 +116,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
     ) -> Tensor:
         mix = self.beta()
         if cache is not None:
-            q_local, k_local = (apply_rotary(x, rotary, v.dtype) for x in (q, k))
+            q_local, k_local = (turn(x, rotary, v.dtype) for x in (q, k))
             work = torch.promote_types(v.dtype, torch.float32)
             parameters = Parameters(
                 1 / math.sqrt(self.head_dim), self.level_bias.to(work), mix.to(work), None

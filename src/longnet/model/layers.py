@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longnet.attention.dilated import dilated_attention
+from longnet.attention.rotary import turn
 from longnet.attention.strided import has_triton
 from longnet.model.tiles import by_tiles
 
@@ -40,15 +41,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     angles = positions.to(torch.float64)[..., None] * inverse
     angles = torch.remainder(angles, 2 * math.pi).to(torch.float32).to(device)[:, :, None]
     return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by their angle, in at least fp32, rounded once to `dtype`.
-    x (B, N, H, D)."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(dtype)
 
 
 def _turns_in_place(qkv: Tensor) -> bool:
@@ -144,8 +136,8 @@ class LongNetAttention(LongNetProjections):
             weights = (self.q_norm.weight, self.k_norm.weight)
             norm_rotary_(qkv, self.heads, self.key_heads, *weights, float(self.q_norm.eps or 0), cos, sin)
         else:
-            q = apply_rotary(self.q_norm(q), (cos, sin), v.dtype)
-            k = apply_rotary(self.k_norm(k), (cos, sin), v.dtype)
+            q = turn(self.q_norm(q), (cos, sin), v.dtype)
+            k = turn(self.k_norm(k), (cos, sin), v.dtype)
         return q, k, v
 
 

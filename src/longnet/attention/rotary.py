@@ -1,0 +1,54 @@
+"""Rotary turns of queries and keys: the pairs (x[i], x[i + D / 2]) of a token by its angles, rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.attention.strided import has_triton
+
+
+def turn(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """x (B, N, H, D) turned, computed in fp32 at least and rounded to `dtype` (None: x's).
+
+    rotary: (cos, sin), each (B or 1, N, 1, D / 2) fp32 (fp64 for x in fp64). On a GPU one pass over memory, and one over its
+    gradient; elsewhere, and where angles learn or a compiler fuses it itself, `turn_by_torch`.
+    """
+    dtype = dtype or x.dtype
+    cos, sin = rotary
+    if not _one_pass(x, dtype, cos, sin):
+        return turn_by_torch(x, rotary, dtype)
+    return _Turn.apply(x, cos, sin, dtype)  # type: ignore[return-value]
+
+
+def turn_by_torch(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+
+
+def _one_pass(x: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor) -> bool:
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    fits = x.is_cuda and x.dtype in types and dtype in types and cos.dtype == sin.dtype == torch.float32
+    fits = fits and x.shape[0] < 2**16 and not (cos.requires_grad or sin.requires_grad)
+    return fits and not torch.compiler.is_compiling() and has_triton()
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:  # pyrefly: ignore
+        from longnet.kernels.rotary import turned
+
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return turned(x, cos, sin, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore
+        from longnet.kernels.rotary import turned
+
+        cos, sin = ctx.saved_tensors
+        return turned(gradient, cos, sin, ctx.dtype, back=True), None, None, None
