@@ -46,11 +46,12 @@ def projections(model: LongNetForCausalLM, ids: torch.Tensor, layer: int) -> tup
     model.model(input_ids=ids)
     hook.remove()
     hidden, rotary = seen[0]
-    return attention._project(hidden), rotary
+    # Values lie among queries and keys as they were projected, which would all be kept.
+    return tuple(x.contiguous() for x in attention._project(hidden)), rotary
 
 
 def measure(attention: LongNetHierarchicalAttention, tensors: Tensors, rotary: tuple, device: str) -> dict:
-    tensors = tuple(x.detach().contiguous().requires_grad_() for x in tensors)
+    tensors = tuple(x.detach().requires_grad_() for x in tensors)
     attend = lambda: attention._attend(*tensors, rotary, None, None)  # noqa: E731
     with torch.no_grad():
         forward = timed(attend, device)
@@ -104,13 +105,12 @@ def main() -> None:
         attention.pattern = replace(attention.pattern, radix=options.radix or attention.pattern.radix)
         for tokens in options.tokens:
             tensors, rotary = projections(model, ids[:, :tokens], layer)
-            kinds = {f"text, layer {layer}": tensors}
-            if layer == options.layers[0]:
-                kinds["random"] = tuple(torch.randn_like(x) for x in tensors)
-            for data, given in kinds.items():
-                rows.append({"tokens": tokens, "data": data} | measure(attention, given, rotary, device))
+            for data in (f"text, layer {layer}", "random")[: 1 + (layer == options.layers[0])]:
+                if data == "random":
+                    tensors = tuple(x.normal_() for x in tensors)
+                rows.append({"tokens": tokens, "data": data} | measure(attention, tensors, rotary, device))
                 print(json.dumps(rows[-1]), flush=True)
-            del tensors, kinds, given
+            del tensors
     print(report(rows, facts, options.out))
 
 

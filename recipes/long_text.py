@@ -274,6 +274,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--length", type=int, help="bytes of a window; 65536, reduced 512")
     parser.add_argument("--batch", type=int, help="windows of a step; 65536 bytes a step")
+    parser.add_argument("--heads", type=int, help="on one key head; 8, reduced 2")
+    parser.add_argument("--head-width", type=int, help="64, reduced 16")
+    parser.add_argument("--leaves", type=int, help="blocks that a token opens; 8, reduced 2")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--windows", type=int, default=48, help="validation windows")
     parser.add_argument("--budget-minutes", type=float, default=9.0, help="of everything")
@@ -312,7 +315,10 @@ def main() -> None:
     length = given.length or (512 if given.reduced else 65536)
     batch = given.batch or max(1, (2048 if given.reduced else 65536) // length)
     tree = replace(TREE, block=16, window_blocks=2, radix=4, top_k=2, beam=4) if given.reduced else TREE
-    size = REDUCED if given.reduced else SIZE
+    size = dict(REDUCED if given.reduced else SIZE)
+    size |= {"num_attention_heads": given.heads} if given.heads else {}
+    size |= {"head_dim": given.head_width} if given.head_width else {}
+    tree = replace(tree, top_k=given.leaves or tree.top_k)
     setting = Setting(length, batch, given.learning_rate, given.windows, size, tree, given.device)
     names = given.models or list(setting.variants())
     if unknown := set(names) - set(setting.variants()):

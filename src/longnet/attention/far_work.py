@@ -154,16 +154,20 @@ def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
     return -(-blocks // tile["QB"]) * (shape.heads // tile["HG"]), shape.batch
 
 
-# Rows of a tile of tokens; (columns at a time, warps, stages, most registers) of the kernels over such tiles; and how many places
-# of opened leaves are on their way.
+# Rows of a tile of tokens; (columns at a time, warps, stages, most registers) of the kernels over such tiles, for heads up to 64
+# wide and for wider ones; and how many places of opened leaves are on their way.
 FAR_ROWS = 64
 PLACE_STAGES = 3
-FAR_TILES = {"score": (32, 4, 2, None), "attend": (32, 4, 3, 168), "dq": (32, 4, 3, 168)}
+FAR_TILES = {
+    "score": ((32, 4, 2, None), (32, 4, 2, None)),
+    "attend": ((32, 4, 4, 128), (32, 4, 3, 168)),
+    "dq": ((32, 4, 3, 128), (32, 4, 3, 168)),
+}
 
 
 def far_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
     """Constants of a kernel over tiles of tokens: T tokens with all heads of a group fill the rows of one product."""
-    columns, warps, stages, registers = FAR_TILES[kernel]
+    columns, warps, stages, registers = FAR_TILES[kernel][shape.width > 64]
     return tile_of(shape, dtype) | {
         "G": shape.group,
         "GP": triton.next_power_of_2(shape.group),
@@ -185,16 +189,17 @@ def place_tile(geometry: Geometry, tokens: int) -> dict:
 # Warps that search the candidates of one token.
 SELECT_WARPS = 1
 
-# (rows, warps, stages, most registers) of the kernels over the readers of a leaf, and of opened nodes' children.
+# (rows, warps, stages, most registers) of the kernels over the readers of a leaf, and of opened nodes' children: for blocks and
+# heads up to 64, and for wider ones.
 READER_TILES = {
-    "leaf forward": (64, 4, 2, 160),
-    "leaf backward": (128, 8, 2, None),
-    "children": (64, 4, 2, None),
+    "leaf forward": ((64, 4, 2, 160), (64, 4, 2, 160)),
+    "leaf backward": ((64, 4, 3, None), (128, 8, 2, None)),
+    "children": ((64, 4, 3, None), (64, 4, 2, None)),
 }
 
 
-def reader_tile(shape: Shape, dtype: torch.dtype, kernel: str) -> dict:
-    rows, warps, stages, registers = READER_TILES[kernel]
+def reader_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str) -> dict:
+    rows, warps, stages, registers = READER_TILES[kernel][max(shape.width, geometry.block) > 64]
     if dtype == torch.float32:
         rows, stages = 32, 1
     padded = triton.next_power_of_2(shape.group)

@@ -144,7 +144,7 @@ def forward(
         leaves.leaf_forward[(len(readers.items),)](
             q, k, v, readers.order, readers.items, part, logits,
             *strides(q), *strides(k), *strides(v), geometry.sizes[0], shape.key_heads, chunk.first, chunk.tokens, scale,
-            BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, q.dtype, "leaf forward"),
+            BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, geometry, q.dtype, "leaf forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
             q, *summaries, router_mix, routes.opened, *tables.lists, part, logits, out, lse,

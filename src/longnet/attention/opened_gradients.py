@@ -80,7 +80,7 @@ class Opened(NamedTuple):
         shape, geometry = self.shape, self.geometry
         before, families = families_of(geometry, self.q.device)
         words, work = opened_work.children(routes, shape, geometry, stretch)
-        tile, width = reader_tile(shape, self.q.dtype, "children"), 2 * shape.width + 1
+        tile, width = reader_tile(shape, geometry, self.q.dtype, "children"), 2 * shape.width + 1
         partial = torch.empty(len(work.items), COLUMNS * width, device=self.q.device)
         opened_backward.children_dkv[(len(work.items),)](
             self.q, *self.summaries, before, words, work.order, work.items, self.dout, self.lse, self.delta, partial,
@@ -145,7 +145,7 @@ class Opened(NamedTuple):
             self.q, self.k, self.v, self.router_mix, opened.order, opened.items, opened.logits, self.dout, self.lse,
             self.delta, part, slopes, item_dkv, *strides(self.q), *strides(self.k), *strides(self.v),
             shape.tokens, geometry.sizes[0], shape.heads, shape.key_heads, chunk.first, chunk.tokens, apart,
-            self.scale, BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, self.q.dtype, "leaf backward"),
+            self.scale, BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, geometry, self.q.dtype, "leaf backward"),
         )  # fmt: skip
         tables = Tables.of(routes, self.entropy, self.offsets, shape, geometry, chunk)
         rises = torch.empty(*lead, shape.width, dtype=self.q.dtype, device=device)

@@ -23,7 +23,7 @@ from longnet.kernels import readers, routing
 # Readers of one work item: enough to amortise its loads, few enough to fill the device; items of children leave 32 KiB each, so
 # their number is bounded.
 LEAF_READERS = 512
-CHILD_READERS, CHILD_ITEMS = 128, 2**15
+CHILD_READERS, CHILD_ITEMS = 512, 2**15
 
 # Neighbouring nodes whose gradients one program sums: the columns of its products, the bits of a reader's words.
 COLUMNS = 32

@@ -153,7 +153,8 @@ def children_dkv(
         at_pair = (b * num_tokens + first_token) * num_heads + kh * G
         dk = tl.zeros((BD, COLUMNS), tl.float32)
         dv = tl.zeros((BD, COLUMNS), tl.float32)
-        dh = tl.zeros((COLUMNS,), tl.float32)
+        # Summed over the rows at the end: in the loop that would cost a barrier.
+        dh = tl.zeros((BM, COLUMNS), tl.float32)
         for r0 in tl.range(0, count, READERS):
             ok = (r0 + reader < count) & (g < G)
             row_ok = ok[:, None] & (d < D)[None, :]
@@ -178,9 +179,9 @@ def children_dkv(
             dv = tl.dot(tl.trans(do), p.to(do.dtype), dv, input_precision=PREC)
             ds = p * (tl.dot(do, tl.trans(vt), input_precision=PREC) - dl[:, None])
             dk = tl.dot(tl.trans(qt), ds.to(qt.dtype), dk, input_precision=PREC)
-            dh += tl.sum(ds, 0)
+            dh += ds
         at = partial + (item * COLUMNS + c)[:, None] * (2 * D + 1) + d[None, :]
         mask = (d < D)[None, :] & (c >= 0)[:, None]
         tl.store(at, tl.trans(dk) * scale, mask)
         tl.store(at + D, tl.trans(dv), mask)
-        tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, dh)
+        tl.store(partial + (item * COLUMNS + c) * (2 * D + 1) + 2 * D, tl.sum(dh, 0))
