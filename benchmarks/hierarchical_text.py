@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hierarchical import timed
-from longnet import LongNetForCausalLM
+from longnet import LongNetForCausalLM, hierarchical_attention
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.text import encode
 from run import environment
@@ -50,9 +50,17 @@ def projections(model: LongNetForCausalLM, ids: torch.Tensor, layer: int) -> tup
     return tuple(x.contiguous() for x in attention._project(hidden)), rotary
 
 
-def measure(attention: LongNetHierarchicalAttention, tensors: Tensors, rotary: tuple, device: str) -> dict:
+def measure(
+    attention: LongNetHierarchicalAttention, tensors: Tensors, rotary: tuple | None, device: str
+) -> dict:
+    """rotary: the layer's; None: without turns, one query near and far."""
     tensors = tuple(x.detach().requires_grad_() for x in tensors)
-    attend = lambda: attention._attend(*tensors, rotary, None, None)  # noqa: E731
+
+    def attend() -> torch.Tensor:
+        parameters = {"prior_query": attention.prior_query, "level_bias": attention.level_bias}
+        parameters |= {"router_mix": attention.beta(), "rotary": rotary}
+        return hierarchical_attention(*tensors, attention.pattern, **parameters).out
+
     with torch.no_grad():
         forward = timed(attend, device)
     out = attend()
@@ -88,6 +96,11 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help=".jsonl.gz with a text a line")
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--tokens", nargs="+", type=int, default=[65536 * 4**i for i in range(4)])
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="without rotary turns, as hierarchical.py's cases; half the memory",
+    )
     parser.add_argument("--radix", type=int, help="of the tree that is timed; default: the model's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hierarchical"))
@@ -98,7 +111,8 @@ def main() -> None:
     config = model.config
     shape = {"heads": config.num_attention_heads, "key heads": config.num_key_value_heads, "width": config.head_dim}  # fmt: skip
     tree = config.hierarchical | ({"radix": options.radix} if options.radix else {})
-    facts, rows = environment(device) | shape | {"tree": tree}, []
+    result, rows = "", []
+    facts = environment(device) | shape | {"tree": tree, "rotary": not options.plain}
     ids = text(options.books, max(options.tokens)).long().to(device)
     for layer in options.layers:
         attention = model.model.layers[layer].attention
@@ -108,10 +122,12 @@ def main() -> None:
             for data in (f"text, layer {layer}", "random")[: 1 + (layer == options.layers[0])]:
                 if data == "random":
                     tensors = tuple(x.normal_() for x in tensors)
-                rows.append({"tokens": tokens, "data": data} | measure(attention, tensors, rotary, device))
+                turns = None if options.plain else rotary
+                rows.append({"tokens": tokens, "data": data} | measure(attention, tensors, turns, device))
                 print(json.dumps(rows[-1]), flush=True)
+                result = report(rows, facts, options.out)
             del tensors
-    print(report(rows, facts, options.out))
+    print(result)
 
 
 if __name__ == "__main__":
