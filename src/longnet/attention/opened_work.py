@@ -51,11 +51,12 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(q: Tensor, shape: Shape, geometry: Geometry) -> tuple[Chunk, ...]:
-    """The sequence in chunks of whole blocks: places' results fit in the buffer, their and the queries' offsets in 31 bits."""
+    """The sequence in chunks of whole blocks: places' results fit in the buffer, the heads' numbers of all places in 31 bits, and
+    so do the offsets of a sequence's queries."""
     row = shape.width * q.element_size()
     token = shape.batch * shape.heads * row
     longer = min(token * shape.tokens, LEAF_ROWS * geometry.sizes[0] * shape.pairs * row)
-    numbers = max(q.stride(1), geometry.top_k * shape.group * shape.width)
+    numbers = max(q.stride(1), shape.heads * shape.width, shape.batch * shape.heads * geometry.top_k)
     most = min(max(CHUNK_BYTES, longer) // (token * geometry.top_k), (2**31 - 1) // numbers)
     return _chunks(shape, geometry, most)
 

@@ -80,7 +80,7 @@ def leaf_backward(
     part (pairs, chunk, TOP_K, G, D), and dsbar, dbeta in slopes (2, pairs, chunk, TOP_K, G). lse, delta (B, N, H).
 
     The summary's own gradients are left to the kernels over tokens and places: here they would be products of one column.
-    Numbers within a chunk have 32 bits: registers are what this kernel lacks.
+    Numbers within a chunk have 32 bits, but for the offsets of results: registers are what this kernel lacks.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     READERS: tl.constexpr = BM // GP
@@ -146,7 +146,7 @@ def leaf_backward(
             dx = (p * (dp - mean[:, None])).to(qt.dtype)
             dk = tl.dot(tl.trans(qt), dx, dk, input_precision=PREC)
             dq = tl.dot(dx, kt, input_precision=PREC) * scale
-            tl.store(part + (to * D)[:, None] + d[None, :], dq.to(part.dtype.element_ty), row_ok)
+            tl.store(part + (to.to(tl.int64) * D)[:, None] + d[None, :], dq.to(part.dtype.element_ty), row_ok)
         at = dkv + (item * 2 * BLOCK + c)[:, None] * D + d[None, :]
         tile_ok = d_ok[None, :] & (c >= 0)[:, None]
         tl.store(at, tl.trans(dk) * scale, tile_ok)
