@@ -11,6 +11,7 @@ from longnet.attention.hierarchical_reference import hierarchical_attention_refe
 from longnet.attention.opened_work import Routes, Tables
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
+from longnet.attention.rotary import turn_by_torch
 
 CASES = {
     # block 16 is the least that a tile may be; pattern, tokens, heads, key heads, width, beta
@@ -43,26 +44,26 @@ def main(name: str) -> None:
         opened_work.CHUNK_BYTES = 1
     torch.manual_seed(0)
     batch = 2 if name == "batches" else 1
-    shapes = [(batch, tokens, x, width) for x in (heads, key_heads, key_heads, heads, key_heads)]
+    shapes = [(batch, tokens, x, width) for x in (heads, key_heads, key_heads)]
     tensors = [torch.randn(s, dtype=torch.float32) for s in shapes]
+    angles = torch.randn(batch, tokens, 1, width // 2)
     prior = torch.randn(key_heads, width) / 2
     bias, mix = 0.3 * torch.randn(heads, pattern.num_levels(tokens)), torch.full((heads,), beta)
     scale = width**-0.5
 
     def run(exact: bool):
-        inputs = [(x.double() if exact else x.clone()).requires_grad_() for x in (*tensors, prior, bias, mix)]
-        q, k, v, q_local, k_local, p, level_bias, router_mix = inputs
-        if name in ("joint", "groups"):
-            q_local = q
-        if name in ("aligned", "groups"):
-            k_local = k
+        given = (*tensors, angles.cos(), angles.sin(), prior, bias, mix)
+        inputs = [(x.double() if exact else x.clone()).requires_grad_() for x in given]
+        q, k, v, *rotary, p, level_bias, router_mix = inputs
+        rotary = None if name in ("joint", "groups") else tuple(rotary)
         if exact:
+            q_local, k_local = (x if rotary is None else turn_by_torch(x, rotary, x.dtype) for x in (q, k))
             out, lse = hierarchical_attention_reference(
                 q, k, v, q_local, k_local, pattern, True, scale, p, level_bias, router_mix
             )
         else:
             out, lse = hierarchical_fused.attend(
-                q, k, v, q_local, k_local, p, None, pattern, scale, level_bias, router_mix
+                q, k, v, rotary, p, None, pattern, scale, level_bias, router_mix
             )
         g = torch.Generator().manual_seed(1)
         dout, dlse = (torch.randn(x.shape, generator=g).to(x.dtype) for x in (out, lse))
@@ -74,7 +75,7 @@ def main(name: str) -> None:
             *(torch.zeros_like(x) if y is None else y for x, y in zip(inputs, found, strict=True)),
         ]
 
-    names = ("out", "lse", "dq", "dk", "dv", "dq_local", "dk_local", "dprior", "dbias", "dmix")
+    names = ("out", "lse", "dq", "dk", "dv", "dcos", "dsin", "dprior", "dbias", "dmix")
     for label, a, b in zip(names, run(False), run(True), strict=True):
         error = (a.double() - b).abs().max() / b.abs().max().clamp(min=1)
         assert error < 2e-5, f"{name}: {label} is off by {error:.1e}"
@@ -144,10 +145,11 @@ def compiled() -> None:
     pattern = HierarchicalPattern(16, 4, 2, 1, None, 2, 4)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 117, heads, 16, generator=g).requires_grad_() for heads in (4, 2, 2))
-    bias, mix = torch.zeros(4, 4), torch.ones(4)
+    bias, mix, angles = torch.zeros(4, 4), torch.ones(4), torch.randn(1, 117, 1, 8, generator=g)
+    rotary = angles.cos(), angles.sin()
 
     def attend(q, k, v):
-        return hierarchical_fused.attend(q * 2, k, v, q, k, None, None, pattern, 0.3, bias, mix)[0] + 1
+        return hierarchical_fused.attend(q * 2, k, v, rotary, None, None, pattern, 0.3, bias, mix)[0] + 1
 
     results = []
     for call in (attend, torch.compile(attend, backend="eager")):

@@ -26,6 +26,10 @@ for batch, tokens, heads, width, own in (
         assert turned(given, *rotary, dtype).dtype == dtype
     back = turned(turned(x, *rotary, torch.float32), *rotary, torch.float32, back=True)
     torch.testing.assert_close(back, x)
+    onto = torch.randn(x.shape)
+    wanted = onto + turn_by_torch(x, rotary, torch.float32)
+    assert turned(x, *rotary, torch.float32, onto=onto) is onto
+    torch.testing.assert_close(onto, wanted)
     qkv, keys = torch.randn(batch, tokens, heads + 2, width), 1
     weights = torch.randn(2, width)
     normed = [

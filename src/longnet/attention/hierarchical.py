@@ -79,13 +79,8 @@ def hierarchical_attention(
     scale = 1 / math.sqrt(width) if scale is None else float(scale)
     levels = pattern.num_levels(tokens, causal)
     level_bias, router_mix = _parameters(q, levels, level_bias, router_mix)
-    if rotary is None:
-        q_local, k_local = q, k
-    elif chosen == "reference":
-        q_local, k_local = (turn_by_torch(x, rotary, x.dtype) for x in (q, k))
-    else:
-        q_local, k_local = turn(q, rotary), turn(k, rotary)
     if chosen == "reference":
+        q_local, k_local = (x if rotary is None else turn_by_torch(x, rotary, x.dtype) for x in (q, k))
         prior = torch.zeros_like(k[0, 0]) if prior_query is None else prior_query
         return AttentionOutput(
             *hierarchical_attention_reference(
@@ -106,10 +101,9 @@ def hierarchical_attention(
     if chosen == "triton":
         from longnet.attention.hierarchical_fused import attend
 
-        out, lse = attend(
-            q, k, v, q_local, k_local, prior_query, lengths, pattern, scale, level_bias, router_mix
-        )
+        out, lse = attend(q, k, v, rotary, prior_query, lengths, pattern, scale, level_bias, router_mix)
     else:
+        q_local, k_local = (x if rotary is None else turn(x, rotary) for x in (q, k))
         sizes = pattern.node_counts(tokens, causal)
         pyramid = build_pyramid(k, v, prior_query, scale, pattern.block, pattern.radix, sizes, lengths)
         far = Far.of(k, v, [pyramid.level(i) for i in range(levels)])

@@ -22,7 +22,9 @@ from longnet.attention.fused import aligned
 from longnet.attention.hierarchical_gradients import backward
 from longnet.attention.opened_work import Leaves, Routes, chunks_of, route
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
+from longnet.attention.rotary import angle_gradients
 from longnet.kernels import cover, leaves, opened_forward
+from longnet.kernels.rotary import turned
 from longnet.patterns import HierarchicalPattern
 
 
@@ -32,8 +34,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_local: Tensor,
-    k_local: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
     prior_query: Tensor | None,
     lengths: Tensor | None,
     pattern: HierarchicalPattern,
@@ -41,10 +42,12 @@ def attend(
     level_bias: Tensor,
     router_mix: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all floating tensors."""
+    """out (B, N, H, D), lse (B, H, N) of causal hierarchical attention, with gradients to all floating tensors.
+
+    rotary (cos, sin): turns of queries and keys inside the window; turned again in the backward pass instead of kept.
+    """
     geometry = Geometry.of(pattern, q.shape[1])
-    inputs = (q, k, v, None if q_local is q else q_local, None if k_local is k else k_local)
-    inputs = (None if x is None else aligned(x) for x in inputs)
+    inputs = (*(aligned(x) for x in (q, k, v)), *(rotary or (None, None)))
     prior = None if prior_query is None else prior_query.contiguous()
     lengths = None if lengths is None else lengths.to(q.device, torch.int64)
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
@@ -53,14 +56,15 @@ def attend(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix, geometry, scale):
+    def forward(ctx, q, k, v, cos, sin, prior, lengths, level_bias, router_mix, geometry, scale):
+        q_local, k_local = _turned(q, k, cos, sin)
         nodes = pool(k, v, prior, lengths, Tree(scale, geometry.block, geometry.radix, geometry.sizes))
         kbar, vbar, _, entropy = nodes
         out, lse, routes, kept = forward(
-            q, k, v, q_local, k if k_local is None else k_local, kbar, vbar, entropy, level_bias, router_mix,
+            q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix,
             geometry, scale, keep=any(ctx.needs_input_grad),
         )  # fmt: skip
-        inputs = (q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix)
+        inputs = (q, k, v, cos, sin, prior, lengths, level_bias, router_mix)
         chunks = (x for chunk in kept for x in chunk)
         ctx.save_for_backward(*inputs, *nodes, out, lse, *(routes or ()), *chunks)
         ctx.geometry, ctx.scale = geometry, scale
@@ -71,24 +75,38 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
         inputs, nodes, results, opened, kept = (ctx.saved_tensors[part] for part in _SAVED)
-        q, k, v, q_local, k_local, prior, lengths, level_bias, router_mix = inputs
+        q, k, v, cos, sin, prior, lengths, level_bias, router_mix = inputs
         geometry, scale = ctx.geometry, ctx.scale
         routes = Routes(*opened) if opened else None
         kept = [Leaves(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
         dout = torch.zeros_like(results[0]) if dout is None else dout
         kbar, vbar, mass, entropy = nodes
+        q_local, k_local = _turned(q, k, cos, sin)
         grads = backward(
-            dout, dlse, q, k, v, q_local, k if k_local is None else k_local, kbar, vbar, entropy, level_bias, router_mix,
+            dout, dlse, q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix,
             *results, routes, kept, geometry, scale, ctx.needs_input_grad[7],
         )  # fmt: skip
         dq, dk, dv, dq_local, dk_local, dkbar, dvbar, dentropy, dbias, dmix = grads
-        if k_local is None:
-            # The same keys near and far.
-            dk, dk_local = dk_local if dk is None else dk.add_(dk_local), None
+        del q_local, k_local
+        dcos = dsin = None
+        if cos is None:  # the same queries and keys near and far
+            dk = dk_local if dk is None else dk.add_(dk_local)
+        else:
+            if any(ctx.needs_input_grad[3:5]):
+                dcos, dsin = angle_gradients(((q, dq_local), (k, dk_local)), (cos, sin))
+            dq = turned(dq_local, cos, sin, q.dtype, back=True, onto=dq)
+            dk = turned(dk_local, cos, sin, k.dtype, back=True, onto=dk)
         tree = Tree(scale, geometry.block, geometry.radix, geometry.sizes)
         below = (dkbar, dvbar, torch.zeros_like(mass), dentropy)
         dk, dv, dprior = pool_backward(k, v, prior, lengths, tree, nodes, below, dk, dv)
-        return dq, dk, dv, dq_local, dk_local, dprior, None, dbias, dmix, None, None
+        return dq, dk, dv, dcos, dsin, dprior, None, dbias, dmix, None, None
+
+
+def _turned(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """Queries and keys inside the window; None where the queries are the same."""
+    if cos is None or sin is None:
+        return None, k
+    return turned(q, cos, sin, q.dtype), turned(k, cos, sin, k.dtype)
 
 
 # What the forward pass saves: its nine tensors; the nodes; out and lse; what was opened; `Leaves` of every chunk.

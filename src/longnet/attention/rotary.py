@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ def turn_by_torch(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) 
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+
+
+def angle_gradients(
+    turns: Iterable[tuple[Tensor, Tensor]], like: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of cos and sin, as `like`, from what they turned: x and the gradient of x turned, of every turn."""
+    dcos, dsin = (torch.zeros_like(y) for y in like)
+    for x, gradient in turns:
+        first, second = x.to(dcos.dtype).chunk(2, dim=-1)
+        to_first, to_second = gradient.to(dcos.dtype).chunk(2, dim=-1)
+        dcos += (to_first * first + to_second * second).sum_to_size(dcos.shape)
+        dsin += (to_second * first - to_first * second).sum_to_size(dsin.shape)
+    return dcos, dsin
 
 
 def _one_pass(x: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor) -> bool:

@@ -14,7 +14,7 @@ ROWS = 64
 @triton.jit
 def _turn_kernel(
     x, out, cos, sin, tokens, heads, sxb, sxn, sxh, scb, scn,
-    D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BACK: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BACK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     half: tl.constexpr = D // 2
@@ -33,26 +33,34 @@ def _turn_kernel(
     if BACK:
         s = -s
     to = out + ((b * tokens + n) * heads + h)[:, None] * D + d[None, :]
-    tl.store(to, (first * c - second * s).to(out.dtype.element_ty), mask)
-    tl.store(to + half, (second * c + first * s).to(out.dtype.element_ty), mask)
+    turned_first = first * c - second * s
+    turned_second = second * c + first * s
+    if ADD:
+        turned_first += tl.load(to, mask, 0.0).to(tl.float32)
+        turned_second += tl.load(to + half, mask, 0.0).to(tl.float32)
+    tl.store(to, turned_first.to(out.dtype.element_ty), mask)
+    tl.store(to + half, turned_second.to(out.dtype.element_ty), mask)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool = False) -> Tensor:
+def turned(
+    x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool = False, onto: Tensor | None = None
+) -> Tensor:
     """The pairs (x[i], x[i + D / 2]) of x (B, N, H, D) turned by their angle, or `back`, rounded to `dtype`.
 
-    cos, sin (B or 1, N, 1, D / 2) fp32. -> (B, N, H, D), contiguous.
+    cos, sin (B or 1, N, 1, D / 2) fp32. -> (B, N, H, D), contiguous; `onto` (the same, of `dtype`): added to it, in place.
     """
     x = x if x.stride(3) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     batch, tokens, heads, width = x.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device) if onto is None else onto
     if not x.numel():
         return out
     padded = triton.next_power_of_2(heads)
     rows = max(ROWS, padded)
     _turn_kernel[(triton.cdiv(tokens, rows // padded), batch)](
         x, out, cos, sin, tokens, heads, *x.stride()[:3], cos.stride(0) if cos.shape[0] == batch else 0, cos.stride(1),
-        D=width, BD=triton.next_power_of_2(width // 2), BH=padded, BM=rows, BACK=back, num_warps=4,
+        D=width, BD=triton.next_power_of_2(width // 2), BH=padded, BM=rows, BACK=back, ADD=onto is not None,
+        num_warps=4,
     )  # fmt: skip
     return out
 
