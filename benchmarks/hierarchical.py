@@ -149,7 +149,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
     """One row: milliseconds forward and backward, TFLOP/s, and the peak beyond the inputs."""
     row: dict = {"group": case.group, "who": case.who, "case": case.name, "tokens": case.tokens}
     row |= {"heads": case.heads, "key_heads": case.key_heads, "width": case.width, "batch": case.batch}
-    row["radix"] = case.radix
+    row["radix"], began = case.radix, time.perf_counter()
     try:
         if case.who in ("opened", "cover"):
             check(case, options)
@@ -173,6 +173,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
             row["backward_tflops"] = 2.5 * flops / row["backward_ms"][1] / 1e9
     except Exception as error:  # a peer that cannot run here is a row that says why
         row["error"] = f"{type(error).__name__}: {error}"[:300]
+    row["seconds"] = time.perf_counter() - began  # with checks, compilation and a peer's own tuning
     print(json.dumps(row), flush=True)
     return row
 
@@ -257,13 +258,14 @@ def main() -> None:
     )
     parser.add_argument("--fla", help="folder that holds the packages fla and einops")
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
+    parser.add_argument("--tokens", nargs="+", type=int, help="only cases of these lengths")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny cases: a smoke test, no claim")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hierarchical"))
     options = parser.parse_args()
     facts, rows = environment(options.device), []
     for case in SMALL_CASES if options.small else CASES:
-        if case.group in options.groups:
+        if case.group in options.groups and case.tokens in (options.tokens or (case.tokens,)):
             rows.append(measure(case, options))
             text = report(rows, facts, options.out)
             if options.device == "cuda":

@@ -154,6 +154,41 @@ def test_chunks_of_the_leaf_buffer_change_nothing(monkeypatch):
         assert (a - b).float().norm() <= 5e-3 * a.float().norm()
 
 
+def test_a_chunk_with_more_than_31_bits_of_results(monkeypatch):
+    from longnet.attention import opened_work
+    from longnet.attention.far_work import Geometry, shape_of
+
+    pattern = HierarchicalPattern(radix=8, top_k=16, beam=16)
+    inputs = [random(1, 70001, heads, 128, seed=i).requires_grad_() for i, heads in enumerate((16, 1, 1))]
+    results = []
+    for size, chunks in ((2**30, 5), (2**33, 1)):
+        monkeypatch.setattr(opened_work, "CHUNK_BYTES", size)
+        monkeypatch.setattr(opened_work, "LEAF_ROWS", 0)
+        geometry = Geometry.of(pattern, 70001)
+        assert len(opened_work.chunks_of(inputs[0], shape_of(*inputs[:2]), geometry)) == chunks
+        out, lse = hierarchical_attention(*inputs, pattern, impl="triton")
+        results.append((out, lse, torch.autograd.grad((out.float() ** 2).sum(), inputs)))
+    (out, lse, parts), (again, lse_again, whole) = results
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    for a, b in zip(parts, whole, strict=True):
+        assert (a - b).float().norm() <= 5e-3 * a.float().norm()
+
+
+def test_turns_inside_the_window_and_all_gradients():
+    q, k, v = random(2, 1501, 4, 64), random(2, 1501, 2, 64, seed=1), random(2, 1501, 2, 64, seed=2)
+    angles = random(2, 1501, 1, 32, dtype=torch.float32, seed=3)
+    pattern, dout = HierarchicalPattern(radix=8, top_k=0), random(2, 1501, 4, 64, seed=4)
+    results = []
+    for impl, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        rotary = [x.requires_grad_() for x in (angles.cos(), angles.sin())]
+        out = hierarchical_attention(*inputs, pattern, rotary=tuple(rotary), impl=impl).out
+        results.append((out, *torch.autograd.grad(out, (*inputs, *rotary), dout.to(dtype))))
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dcos", "dsin"), *results, strict=True):
+        assert (a.float() - b).norm() < 1e-2 * b.norm(), name
+
+
 def test_pyramid_kernels_against_plain_torch():
     from longnet.attention.pyramid import build_pyramid
     from longnet.attention.pyramid_fused import Tree, pool, pool_backward
