@@ -5,9 +5,11 @@ import sys
 import torch
 
 from longnet import HierarchicalPattern
-from longnet.attention import hierarchical_fused, opened_gradients, opened_work
+from longnet.attention import hierarchical_cached, hierarchical_fused, opened_gradients, opened_work
 from longnet.attention.far_work import Geometry, Shape, tokens_per_tile
+from longnet.attention.hierarchical_cached import HierarchicalState, Step
 from longnet.attention.hierarchical_reference import hierarchical_attention_reference
+from longnet.attention.hierarchical_torch import Parameters
 from longnet.attention.opened_work import Routes, Tables
 from longnet.attention.pyramid import build_pyramid
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
@@ -158,6 +160,49 @@ def compiled() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def continued() -> None:
+    """The last queries of every prefix get what they get in the whole text, with and without opening."""
+    g = torch.Generator().manual_seed(0)
+    for pattern, tokens, heads, key_heads in (
+        (HierarchicalPattern(16, 4, 2, 1, None, 0), 140, 3, 1),
+        (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 119, 4, 2),
+        (HierarchicalPattern(16, 4, 1, 0, None, 2, 4), 100, 8, 1),
+    ):
+        q, k, v, q_local, k_local = (
+            torch.randn(2, tokens, n, 16, generator=g)
+            for n in (heads, key_heads, key_heads, heads, key_heads)
+        )
+        bias, mix = 0.3 * torch.randn(heads, 5, generator=g), torch.rand(heads, generator=g)
+        wholly = None
+        for begin, end in ((0, tokens), (16, 33), (48, 64), (64, tokens)):
+            sizes = pattern.node_counts(end)
+            pyramid = build_pyramid(k[:, :end], v[:, :end], None, 0.3, pattern.block, pattern.radix, sizes)
+            levels = [pyramid.level(i) for i in range(len(sizes))]
+            part, before = slice(begin, end), slice(end)
+            tensors = (q[:, part], k[:, before], v[:, before], q_local[:, part], k_local[:, before])
+            out = hierarchical_fused.attend_next(*tensors, levels, pattern, 0.3, bias, mix)
+            wholly = out if wholly is None else wholly
+            torch.testing.assert_close(out, wholly[:, part], rtol=1e-5, atol=1e-5)
+
+
+def streams() -> None:
+    """A stream whose whole blocks are left to the kernels equals one without kernels, whatever its chunks."""
+    torch.manual_seed(0)
+    pattern = HierarchicalPattern(16, 4, 2, 1, None, 2, 4)
+    parameters = Parameters(0.25, 0.3 * torch.randn(4, 6), torch.rand(4), None)
+    prior, by_kernels = torch.randn(2, 16) / 2, hierarchical_cached._by_kernels
+    step = Step(*(torch.randn(1, 130, heads, 16) for heads in (4, 4, 2, 2, 2)))
+    for sizes in ([130], [7, 60, 1, 16, 46]):
+        outs = []
+        for rule in (by_kernels, lambda *tensors: True):
+            hierarchical_cached._by_kernels = rule
+            state = HierarchicalState(pattern, 2, 16, torch.float32, "cpu")
+            parts = zip(*(x.split(sizes, 1) for x in step), strict=True)
+            with torch.no_grad():
+                outs.append(torch.cat([state.attend(Step(*part), parameters, prior) for part in parts], 1))
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+
+
 # Pattern, tokens, query heads on a key head, sequences, whether sort keys are wide.
 TABLES = [
     (HierarchicalPattern(16, 4, 1, 1, None, 2, 4), 333, 4, 2, False),
@@ -254,6 +299,7 @@ def check_columns(whole: Tables, routes: Routes, entropy, pattern, level: int, k
 
 
 PARTS = {"pyramids": pyramids, "readers": readers, "tables": tables, "compiled": compiled}
+PARTS |= {"continued": continued, "streams": streams}
 if sys.argv[1] in PARTS:
     PARTS[sys.argv[1]]()
 else:

@@ -35,6 +35,8 @@ def run(script, *arguments, **environment):
         "readers",
         "tables",
         "compiled",
+        "continued",
+        "streams",
     ],
 )
 def test_kernels_equal_the_oracle(case):

@@ -148,10 +148,13 @@ def by_descriptor(shape: Shape) -> bool:
     return shape.tokens % 4 == 0 and shape.batch * shape.heads * shape.tokens < 2**31
 
 
-def cover_grid(shape: Shape, geometry: Geometry, tile: dict) -> tuple[int, int]:
-    """Programs of `cover_forward` and `cover_dq`: QB blocks of HG heads each, the first cut off where blocks do not fit."""
-    blocks = -(-shape.tokens // geometry.block) + (1 - geometry.window) % tile["QB"]
-    return -(-blocks // tile["QB"]) * (shape.heads // tile["HG"]), shape.batch
+def cover_grid(shape: Shape, geometry: Geometry, tile: dict, start: int = 0) -> tuple[int, int]:
+    """Programs of `cover_forward` and `cover_dq`: QB blocks of HG heads each, the first cut off where blocks do not fit. The
+    queries begin at token `start`, with a block."""
+    shift = (1 - geometry.window) % tile["QB"]
+    blocks = -(-(start + shape.tokens) // geometry.block) + shift
+    groups = -(-blocks // tile["QB"]) - (start // geometry.block + shift) // tile["QB"]
+    return groups * (shape.heads // tile["HG"]), shape.batch
 
 
 # Rows of a tile of tokens; (columns at a time, warps, stages, most registers) of the kernels over such tiles, for heads up to 64

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention import hierarchical_torch
+from longnet.attention.hierarchical import unsupported
 from longnet.attention.hierarchical_torch import Far, Parameters
 from longnet.attention.pyramid import pool, token_mass
 from longnet.patterns import HierarchicalPattern
@@ -53,6 +54,10 @@ class Rows:
             self.buffer, self.begin, self.end = self.live.clone(), 0, len(self)
 
 
+def _by_kernels(q: Tensor, k: Tensor, pattern: HierarchicalPattern) -> bool:
+    return not torch.is_grad_enabled() and unsupported(q, k, pattern, causal=True) is None
+
+
 class HierarchicalState:
     """What one layer keeps of one sequence: `position` tokens were read.
 
@@ -87,11 +92,27 @@ class HierarchicalState:
         # A stream drops whole blocks of tokens, so leaves stay aligned.
         live: list = [tuple(x.live for x in level) for level in self.levels[:levels]]
         far = Far.of(k, v, live, self.position - len(self.tokens[0]), first)
-        out, _ = hierarchical_torch.attend(
-            step.q, step.q_local, k_local, far, self.pattern, True, parameters, self.position, start
-        )
+
+        def attend(q: Tensor, q_local: Tensor, begin: int) -> Tensor:
+            return hierarchical_torch.attend(
+                q, q_local, k_local, far, self.pattern, True, parameters, self.position, begin
+            )[0].to(q.dtype)
+
+        # What begins with a block and has one at least may be left to the kernels.
+        apart = -start % self.pattern.block
+        if n - apart < self.pattern.block or not _by_kernels(step.q, k, self.pattern):
+            out = attend(step.q, step.q_local, start)
+        else:
+            from longnet.attention.hierarchical_fused import attend_next
+
+            rest = attend_next(
+                step.q[:, apart:], k, v, step.q_local[:, apart:], k_local, live, self.pattern,
+                parameters.scale, parameters.level_bias, parameters.router_mix,
+            )  # fmt: skip
+            outs = [attend(step.q[:, :apart], step.q_local[:, :apart], start)] if apart else []
+            out = torch.cat((*outs, rest), 1)
         self._drop()
-        return out.to(step.q.dtype)
+        return out
 
     def _count(self, level: int) -> int:
         return self.position // self.pattern.node_tokens(level)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,33 @@ def attend(
     lengths = None if lengths is None else lengths.to(q.device, torch.int64)
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
     return _Attend.apply(*inputs, prior, lengths, *parameters, geometry, scale)  # type: ignore[return-value]
+
+
+@torch.compiler.disable(reason="it launches kernels of its own")
+@torch.no_grad()
+def attend_next(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_local: Tensor,
+    k_local: Tensor,
+    levels: Sequence[Sequence[Tensor]],
+    pattern: HierarchicalPattern,
+    scale: float,
+    level_bias: Tensor,
+    router_mix: Tensor,
+) -> Tensor:
+    """out (B, n, H, D) of the last n tokens of a text, the first of which begins a block; without gradients.
+
+    q, q_local (B, n, H, D); k, k_local, v (B, N, K, D) and `levels` (kbar, vbar (B, nodes, K, D), mass, entropy (B, nodes, K)) of
+    the whole text.
+    """
+    geometry = Geometry.of(pattern, k.shape[1])
+    kbar, vbar, entropy = (torch.cat([level[i] for level in levels], 1) for i in (0, 1, 3))
+    parameters = (level_bias[:, : geometry.levels].float().contiguous(), router_mix.float().contiguous())
+    tokens = (aligned(x) for x in (q, k, v, q_local, k_local))
+    start = k.shape[1] - q.shape[1]
+    return forward(*tokens, kbar, vbar, entropy, *parameters, geometry, scale, start=start)[0]
 
 
 class _Attend(torch.autograd.Function):
@@ -127,11 +156,13 @@ def forward(
     geometry: Geometry,
     scale: float,
     keep: bool = False,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor, Routes | None, list[Leaves]]:
-    """out (B, N, H, D), lse (B, H, N), what was opened, and if `keep` what the backward pass wants of every chunk.
+    """out (B, n, H, D), lse (B, H, n), what was opened, and if `keep` what the backward pass wants of every chunk.
 
     q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
-    (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32.
+    (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32. The n queries are the last of
+    the text whose keys these are, from position `start` on, where a block begins.
     """
     shape = shape_of(q, k)
     joint = q_local is None
@@ -140,19 +171,18 @@ def forward(
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "forward")
     offsets = offsets_of(geometry, q.device)
-    opening = geometry.top_k > 0 and shape.tokens > geometry.window * geometry.block
-    counts = (shape.tokens, kbar.shape[1], shape.heads, shape.key_heads)
-    sizes = (*counts, geometry.levels, scale)
-    cover.cover_forward[cover_grid(shape, geometry, tile)](
+    opening = geometry.top_k > 0 and start + shape.tokens > geometry.window * geometry.block
+    counts = (kbar.shape[1], shape.heads, shape.key_heads)
+    cover.cover_forward[cover_grid(shape, geometry, tile, start)](
         q_local, *(rows_of(x, tile["BK"], tile["BD"]) for x in (k_local, v)), q, kbar, vbar, entropy, level_bias, out, lse,
-        *strides(q_local), *strides(q), *counts, scale,
+        *strides(q_local), *strides(q), start + shape.tokens, *counts, start, scale,
         LISTS=not opening, JOINT=joint, **tile,
     )  # fmt: skip
     if not opening:
         return out, lse, None, []
     summaries = (kbar, vbar, entropy, level_bias)
-    routes, kept = Routes.empty(shape, geometry, q.device), []
-    for chunk in chunks_of(q, shape, geometry):
+    routes, kept = Routes.empty(shape, geometry, q.device, start), []
+    for chunk in chunks_of(q, shape, geometry, start):
         tables, readers = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
@@ -166,7 +196,7 @@ def forward(
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
             q, *summaries, router_mix, routes.opened, *tables.lists, part, logits, out, lse,
-            *strides(q), *sizes, chunk.first, tables.columns,
+            *strides(q), shape.tokens, *counts, geometry.levels, scale, chunk.first, tables.columns,
             STAGES=PLACE_STAGES, **place_tile(geometry, chunk.tile), **far_tile(shape, q.dtype, "attend"),
         )  # fmt: skip
     return out, lse, routes, kept

@@ -39,18 +39,20 @@ WINDOW_BYTES, WINDOWS = 2**25, 512
 
 
 class Chunk(NamedTuple):
-    """Tokens [first, first + tiles * tile) of all sequences, whose opened leaves are attended to together."""
+    """Tokens [first, first + tiles * tile) of all sequences, whose opened leaves are attended to together; counted from the
+    first query, which stands at position `start`."""
 
     first: int
     tiles: int
     tile: int
+    start: int = 0
 
     @property
     def tokens(self) -> int:
         return self.tiles * self.tile
 
 
-def chunks_of(q: Tensor, shape: Shape, geometry: Geometry) -> tuple[Chunk, ...]:
+def chunks_of(q: Tensor, shape: Shape, geometry: Geometry, start: int = 0) -> tuple[Chunk, ...]:
     """The sequence in chunks of whole blocks: places' results fit in the buffer, the heads' numbers of all places in 31 bits, and
     so do the offsets of a sequence's queries."""
     row = shape.width * q.element_size()
@@ -58,16 +60,16 @@ def chunks_of(q: Tensor, shape: Shape, geometry: Geometry) -> tuple[Chunk, ...]:
     longer = min(token * shape.tokens, LEAF_ROWS * geometry.sizes[0] * shape.pairs * row)
     numbers = max(q.stride(1), shape.heads * shape.width, shape.batch * shape.heads * geometry.top_k)
     most = min(max(CHUNK_BYTES, longer) // (token * geometry.top_k), (2**31 - 1) // numbers)
-    return _chunks(shape, geometry, most)
+    return _chunks(shape, geometry, most, start)
 
 
 @functools.lru_cache(maxsize=64)
-def _chunks(shape: Shape, geometry: Geometry, most: int) -> tuple[Chunk, ...]:
+def _chunks(shape: Shape, geometry: Geometry, most: int, start: int) -> tuple[Chunk, ...]:
     tile = tokens_per_tile(shape.group)
     size = max(1, most // geometry.block) * geometry.block
-    begin = geometry.window * geometry.block
+    begin = max(0, geometry.window * geometry.block - start)
     return tuple(
-        Chunk(first, triton.cdiv(min(size, shape.tokens - first), tile), tile)
+        Chunk(first, triton.cdiv(min(size, shape.tokens - first), tile), tile, start)
         for first in range(begin, shape.tokens, size)
     )
 
@@ -112,11 +114,11 @@ class Routes(NamedTuple):
     child_bits: Tensor
 
     @classmethod
-    def empty(cls, shape: Shape, geometry: Geometry, device: torch.device) -> Routes:
+    def empty(cls, shape: Shape, geometry: Geometry, device: torch.device, start: int = 0) -> Routes:
         lead = (shape.batch, shape.key_heads, shape.tokens, geometry.levels)
         whole = functools.partial(torch.empty, dtype=torch.int32, device=device)
         opened = whole(*lead, geometry.width)
-        opened[:, :, : geometry.window * geometry.block] = -1
+        opened[:, :, : max(0, geometry.window * geometry.block - start)] = -1
         return cls(opened, whole(*lead), whole(*lead, geometry.beam))
 
 
@@ -176,7 +178,7 @@ class Tables:
         routing.mark[(*self.grid, geometry.levels if level is None else 1)](
             routes.base_bits, routes.child_bits, self.united, self.members, self.places, self.sizes, offsets, entropy,
             *self.lists, self.shape.tokens, entropy.shape[1], self.shape.key_heads, geometry.levels, level or 0,
-            self.chunk.first, self.most, self.columns, KEPT=level is None, BEAM=geometry.beam, num_warps=2,
+            self.chunk.first, self.chunk.start, self.most, self.columns, KEPT=level is None, BEAM=geometry.beam, num_warps=2,
             **tile, **cover_constants(geometry),
         )  # fmt: skip
 
@@ -217,7 +219,7 @@ def route(
             tables.mark(routes, entropy, offsets, level)
             _score(q, kbar, routes, tables, scores, level, scale)
         routing.select[(chunk.tokens, shape.pairs)](
-            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, leaves, places,
+            scores, *routes, keys, shape.tokens, geometry.levels, level, chunk.first, chunk.start, leaves, places,
             PARENTS=parents, num_warps=SELECT_WARPS, **constants, **cover_constants(geometry),
         )  # fmt: skip
         if level:
@@ -228,10 +230,10 @@ def route(
 
 def _score(q, kbar, routes, tables, scores, level, scale) -> None:
     """Where there are no more nodes than places all are opened, and nobody asks for their scores."""
-    shape, geometry = tables.shape, tables.geometry
+    shape, geometry, chunk = tables.shape, tables.geometry, tables.chunk
     routing.score[tables.grid](
         q, kbar, routes.opened, tables.places, tables.sizes, tables.rows, tables.records, scores, *strides(q),
-        shape.tokens, shape.key_heads, geometry.levels, level, scale, tables.chunk.first, tables.most, tables.columns,
+        shape.tokens, shape.key_heads, geometry.levels, level, scale, chunk.first, chunk.start, tables.most, tables.columns,
         scores.shape[2], TOP_K=geometry.top_k, BEAM=geometry.beam, WIDTH=geometry.width, **cover_constants(geometry),
         **far_tile(shape, q.dtype, "score"),
     )  # fmt: skip

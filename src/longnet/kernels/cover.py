@@ -169,14 +169,15 @@ def _attend(acc, top, total, s, factor, vt, PREC: tl.constexpr):
 def cover_forward(
     q_local, k_rows, v_rows, q, kbar, vbar, entropy, level_bias, out, lse,
     sqb, sqn, sqh, sfb, sfn, sfh,
-    num_tokens, num_nodes, num_heads, num_key_heads, scale,
+    num_tokens, num_nodes, num_heads, num_key_heads, start, scale,
     G: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, QB: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     LEVELS: tl.constexpr, LISTS: tl.constexpr, JOINT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """out and lse (natural) of one softmax over the local window, BK keys at a time, and, if LISTS, all listed summaries, BN
-    at a time. JOINT: q_local and q are the same."""
+    at a time. JOINT: q_local and q are the same. Queries, out and lse begin at token `start`, keys and nodes with the text.
+    """
     i, head = _place(num_tokens, num_heads, HG, BLOCK, QB, WINDOW)
     sequence = tl.program_id(1)
     b = sequence.to(tl.int64)
@@ -186,9 +187,13 @@ def cover_forward(
     heads = head + row // (QB * BLOCK)
     d = tl.arange(0, BD)
     at_row = token.to(tl.int64)[:, None]
-    token_ok = (token >= 0) & (token < num_tokens)
+    token_ok = (token >= start) & (token < num_tokens)
     row_ok = token_ok[:, None] & (d < D)[None, :]
-    qt = tl.load(q_local + b * sqb + at_row * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0)
+    # Addresses count from the text's first token, too, which then lies before the queries.
+    before = start.to(tl.int64)
+    qt = tl.load(
+        q_local + (b * sqb - before * sqn) + at_row * sqn + heads[:, None] * sqh + d[None, :], row_ok, 0.0
+    )
     scale2 = scale * 1.4426950408889634
     first = i - WINDOW + 1
     m = tl.full((QB * BLOCK * HG,), float("-inf"), tl.float32)
@@ -214,7 +219,9 @@ def cover_forward(
         if JOINT:
             qf = qt
         else:
-            qf = tl.load(q + b * sfb + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0)
+            qf = tl.load(
+                q + (b * sfb - before * sfn) + at_row * sfn + heads[:, None] * sfh + d[None, :], row_ok, 0.0
+            )
         count = listed_count(tl.maximum(0, first + QB - 1), LEVELS=LEVELS, RADIX=RADIX, GUARD=GUARD)
         base = b * num_nodes * num_key_heads + kh
         leaves = num_tokens // BLOCK
@@ -225,11 +232,11 @@ def cover_forward(
             )  # fmt: skip
             far = tl.dot(qf, k_far.T, input_precision=PREC) * scale2 + addend
             acc, m, total = _attend(acc, m, total, far, 1.0, v_far, PREC=PREC)
-    at_out = (b * num_tokens + at_row) * num_heads + heads[:, None]
+    at_out = (b * (num_tokens - start) - before + at_row) * num_heads + heads[:, None]
     # A division an element would cost as much as half a tile of keys.
     share = 1.0 / total
     tl.store(out + at_out * D + d[None, :], (acc * share[:, None]).to(out.dtype.element_ty), row_ok)
-    at_lse = (b * num_heads + heads) * num_tokens + token
+    at_lse = (b * num_heads + heads) * (num_tokens - start) + token - start
     tl.store(lse + at_lse, (m + tl.log2(total)) * 0.6931471805599453, token_ok)
 
 

@@ -4,6 +4,8 @@ A tile is T consecutive tokens of one block with all query heads of one key head
 tile's *columns*: the children of every node that any of them opened one level up (the union, ascending), then the listed
 nodes, which they share. A column's summary is read once for the tile; a bit per token says who sees it. A token's own
 candidates keep their order: the children of the nodes it opened, by place, then the listed nodes.
+
+Tokens are counted from the first query, which stands at position `start` of its text.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def store_columns(rows, records, c, row, h, bits, ok):
 @triton.jit
 def mark(
     base_bits, child_bits, united, members, places, sizes, offsets, entropy, rows, records, totals,
-    num_tokens, num_nodes, num_key_heads, levels, first_level, first_token, most, columns,
+    num_tokens, num_nodes, num_key_heads, levels, first_level, first_token, start, most, columns,
     BLOCK: tl.constexpr, T: tl.constexpr, PARENTS: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr,
     GUARD: tl.constexpr, BEAM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +135,7 @@ def mark(
     tile = (level * tl.num_programs(1) + pair) * tl.num_programs(0) + tl.program_id(0)
     t0 = first_token + tl.program_id(0) * T
     slot = (pair * num_tokens + t0) * levels + level
-    lo, hi = list_of_level(tl.maximum(0, t0 // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
+    lo, hi = list_of_level(tl.maximum(0, (start + t0) // BLOCK - WINDOW + 1), level, levels, RADIX, GUARD)
     union_size = tl.load(sizes + tile, level < levels - 1, 0)
     size = union_size * RADIX + hi - lo
     tl.store(totals + tile, size)
@@ -202,7 +204,7 @@ def read_columns(rows, records, at, BC: tl.constexpr):
 @triton.jit
 def score(
     q, kbar, opened, places, sizes, rows, records, scores,
-    sqb, sqn, sqh, num_tokens, num_key_heads, levels, level, scale, first_token, most, columns, width,
+    sqb, sqn, sqh, num_tokens, num_key_heads, levels, level, scale, first_token, start, most, columns, width,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     BC: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
@@ -220,7 +222,7 @@ def score(
     b = pair // num_key_heads
     kh = pair % num_key_heads
     t0 = first_token + tl.program_id(0) * T
-    first = tl.maximum(0, t0 // BLOCK - WINDOW + 1)
+    first = tl.maximum(0, (start + t0) // BLOCK - WINDOW + 1)
     lo, hi = list_of_level(first, level, levels, RADIX, GUARD)
     above = opened + ((pair * num_tokens + t0) * levels + tl.minimum(level + 1, levels - 1)) * WIDTH
     parents = count_opened(above, level, levels, BEAM)
@@ -267,7 +269,7 @@ def score(
 
 @triton.jit
 def select(
-    scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, num_leaves, width,
+    scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, start, num_leaves, width,
     BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
     PARENTS: tl.constexpr, LISTED: tl.constexpr, TOP_K: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
@@ -282,7 +284,7 @@ def select(
     """
     token = first_token + tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
-    first = tl.maximum(0, token // BLOCK - WINDOW + 1)
+    first = tl.maximum(0, (start + token) // BLOCK - WINDOW + 1)
     mine = pair * tl.num_programs(0) + tl.program_id(0)
     leaves += mine * TOP_K
     nothing = num_leaves * tl.num_programs(1)
