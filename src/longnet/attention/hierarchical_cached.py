@@ -87,32 +87,21 @@ class HierarchicalState:
         self.position += n
         self._close_nodes(parameters.scale, prior_query)
         levels = self.pattern.num_levels(self.position)
-        first = tuple(self._count(level) - len(self.levels[level][0]) for level in range(levels))
         k, k_local, v = (rows.live for rows in self.tokens)
-        # A stream drops whole blocks of tokens, so leaves stay aligned.
         live: list = [tuple(x.live for x in level) for level in self.levels[:levels]]
-        far = Far.of(k, v, live, self.position - len(self.tokens[0]), first)
-
-        def attend(q: Tensor, q_local: Tensor, begin: int) -> Tensor:
-            return hierarchical_torch.attend(
-                q, q_local, k_local, far, self.pattern, True, parameters, self.position, begin
-            )[0].to(q.dtype)
-
-        # What begins with a block and has one at least may be left to the kernels.
-        apart = -start % self.pattern.block
-        if n - apart < self.pattern.block or not _by_kernels(step.q, k, self.pattern):
-            out = attend(step.q, step.q_local, start)
-        else:
+        if _by_kernels(step.q, k, self.pattern):
             from longnet.attention.hierarchical_fused import attend_next
 
-            rest = attend_next(
-                step.q[:, apart:], k, v, step.q_local[:, apart:], k_local, live, self.pattern,
-                parameters.scale, parameters.level_bias, parameters.router_mix,
-            )  # fmt: skip
-            outs = [attend(step.q[:, :apart], step.q_local[:, :apart], start)] if apart else []
-            out = torch.cat((*outs, rest), 1)
+            weights = (parameters.scale, parameters.level_bias, parameters.router_mix)
+            return attend_next(step.q, k, v, step.q_local, k_local, live, self.pattern, *weights)
+        # A stream drops whole blocks of tokens, so leaves stay aligned.
+        first = tuple(self._count(level) - len(self.levels[level][0]) for level in range(levels))
+        far = Far.of(k, v, live, self.position - len(self.tokens[0]), first)
+        out, _ = hierarchical_torch.attend(
+            step.q, step.q_local, k_local, far, self.pattern, True, parameters, self.position, start
+        )
         self._drop()
-        return out
+        return out.to(step.q.dtype)
 
     def _count(self, level: int) -> int:
         return self.position // self.pattern.node_tokens(level)

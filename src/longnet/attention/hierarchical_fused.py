@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longnet.attention.far_work import (
@@ -22,7 +23,7 @@ from longnet.attention.far_work import (
 )
 from longnet.attention.fused import aligned
 from longnet.attention.hierarchical_gradients import backward
-from longnet.attention.opened_work import Leaves, Routes, chunks_of, route
+from longnet.attention.opened_work import Leaves, Routes, chunks_of, readers_of_leaves, route
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
 from longnet.attention.rotary import angle_gradients
 from longnet.kernels import cover, leaves, opened_forward
@@ -70,17 +71,20 @@ def attend_next(
     level_bias: Tensor,
     router_mix: Tensor,
 ) -> Tensor:
-    """out (B, n, H, D) of the last n tokens of a text, the first of which begins a block; without gradients.
+    """out (B, n, H, D) of the last n tokens of a text; without gradients.
 
     q, q_local (B, n, H, D); k, k_local, v (B, N, K, D) and `levels` (kbar, vbar (B, nodes, K, D), mass, entropy (B, nodes, K)) of
-    the whole text.
+    the whole text. Kernels begin with a block: zeros stand for its queries before.
     """
     geometry = Geometry.of(pattern, k.shape[1])
     kbar, vbar, entropy = (torch.cat([level[i] for level in levels], 1) for i in (0, 1, 3))
     parameters = (level_bias[:, : geometry.levels].float().contiguous(), router_mix.float().contiguous())
-    tokens = (aligned(x) for x in (q, k, v, q_local, k_local))
     start = k.shape[1] - q.shape[1]
-    return forward(*tokens, kbar, vbar, entropy, *parameters, geometry, scale, start=start)[0]
+    zeros = start % pattern.block
+    q, q_local = (F.pad(x, (0, 0, 0, 0, zeros, 0)) if zeros else x for x in (q, q_local))
+    tokens = (aligned(x) for x in (q, k, v, q_local, k_local))
+    out, *_ = forward(*tokens, kbar, vbar, entropy, *parameters, geometry, scale, start=start - zeros)
+    return out[:, zeros:]
 
 
 class _Attend(torch.autograd.Function):
@@ -183,7 +187,8 @@ def forward(
     summaries = (kbar, vbar, entropy, level_bias)
     routes, kept = Routes.empty(shape, geometry, q.device, start), []
     for chunk in chunks_of(q, shape, geometry, start):
-        tables, readers = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
+        tables, keys = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
+        readers = readers_of_leaves(keys, shape, geometry, keep)
         lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
         part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
         logits = torch.empty(2, *lead, device=q.device)

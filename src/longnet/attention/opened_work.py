@@ -94,6 +94,14 @@ class Readers(NamedTuple):
         )
         return cls(order, items, ranges)
 
+    @classmethod
+    def each(cls, keys: Tensor, groups: int) -> Readers:
+        """Every reader is an item of its own, in the order given; no ranges."""
+        keys = keys.view(-1).long()
+        order = torch.arange(len(keys), device=keys.device)
+        group = torch.where(keys < groups, keys, -1)
+        return cls(order, torch.stack((group, order, order + 1), 1), order[:0])
+
 
 class Leaves(NamedTuple):
     """What the backward pass wants of a chunk's opened leaves: `Readers`, and of every place and head the log2 of the leaf's mass
@@ -203,8 +211,8 @@ def route(
     geometry: Geometry,
     chunk: Chunk,
     scale: float,
-) -> tuple[Tables, Readers]:
-    """Open nodes for the tokens of a chunk, from the coarsest level down; the readers of the leaves that they opened."""
+) -> tuple[Tables, Tensor]:
+    """Open nodes for the tokens of a chunk, from the coarsest level down; the leaves that they opened, as keys of `Readers`."""
     tables = Tables(shape, geometry, chunk, q.device)
     leaves = geometry.sizes[0]
     keys = torch.empty(shape.pairs, chunk.tokens, geometry.top_k, dtype=torch.int32, device=q.device)
@@ -225,7 +233,16 @@ def route(
         if level:
             tables.unite(routes, level)
     tables.mark(routes, entropy, offsets)
-    return tables, Readers.of(keys, shape.pairs * leaves, LEAF_READERS)
+    return tables, keys
+
+
+def readers_of_leaves(keys: Tensor, shape: Shape, geometry: Geometry, ranges: bool) -> Readers:
+    """keys (pairs, tokens, places): the opened leaf, numbered through pairs, of every place; `ranges`: they are wanted, too."""
+    leaves = shape.pairs * geometry.sizes[0]
+    if ranges or keys.shape[1] > geometry.block:
+        return Readers.of(keys, leaves, LEAF_READERS)
+    # Of a block or less: lists of all leaves would take longer than the readers, and the longer, the longer the text.
+    return Readers.each(keys, leaves)
 
 
 def _score(q, kbar, routes, tables, scores, level, scale) -> None:
