@@ -1,4 +1,5 @@
-"""Millions of tokens through a small model with bounded retention: time per token and bytes of the cache, which stay.
+"""Millions of tokens through a small model with bounded retention: time per token and bytes of the cache, which stay. Or, with
+--full, through one that keeps everything: how fast a prompt is read and a token written after it.
 
 At every mark the rows that the cache holds are compared with `HierarchicalPattern.cache_entries`. The model is untrained: time
 and memory do not depend on the weights. Writes JSON, a table and a picture after every mark.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -162,10 +163,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=32768)
     parser.add_argument("--budget-seconds", type=float, default=10**9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--full", action="store_true", help="keep everything: what kernels read on a GPU")
     parser.add_argument("--small", action="store_true", help="a tiny tree: a smoke test, no claim")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hierarchical-stream"))
     options = parser.parse_args()
     tree = SMALL_TREE if options.small else TREE
+    tree = replace(tree, retention=None) if options.full else tree
     model = make(tree, options.device)
     facts = {"environment": environment(options.device), "tree": asdict(tree), "model": SIZE}
     with torch.inference_mode():

@@ -17,7 +17,7 @@ import triton.language as tl
 from longnet.kernels.routing import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_leaves", "chunk"])
 def leaf_forward(
     q, k, v, order, items, part, logits, sqb, sqn, sqh, skb, skn, skh, svb, svn, svh,
     num_leaves, num_key_heads, first_token, chunk, scale,

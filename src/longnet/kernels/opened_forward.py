@@ -8,7 +8,7 @@ import triton.language as tl
 from longnet.kernels.routing import count_places, load_rows, places_of, read_columns, tile_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def far_attend(
     q, kbar, vbar, entropy, level_bias, router_mix, opened, rows, records, totals, part, logits, out, lse,
     sqb, sqn, sqh, num_tokens, num_nodes, num_heads, num_key_heads, levels, scale, first_token, columns,

@@ -55,7 +55,7 @@ def places_of(
     return leaf, (first_tile_token.to(tl.int32) + t) * TOP_K + n, t, leaf >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def unite(
     opened, scratch, united, members, places, sizes, num_tokens, levels, first_level, first_token, most,
     T: tl.constexpr, BEAM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
@@ -115,7 +115,7 @@ def store_columns(rows, records, c, row, h, bits, ok):
     tl.store(records + c, record, ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_nodes"])
 def mark(
     base_bits, child_bits, united, members, places, sizes, offsets, entropy, rows, records, totals,
     num_tokens, num_nodes, num_key_heads, levels, first_level, first_token, start, most, columns,
@@ -201,7 +201,7 @@ def read_columns(rows, records, at, BC: tl.constexpr):
     return tl.load(rows + c).to(tl.int64), h, record.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def score(
     q, kbar, opened, places, sizes, rows, records, scores,
     sqb, sqn, sqh, num_tokens, num_key_heads, levels, level, scale, first_token, start, most, columns, width,
@@ -267,7 +267,7 @@ def score(
             tl.store(to + at, p, sees & (t0 + t < num_tokens)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_leaves"])
 def select(
     scores, opened, base_bits, child_bits, leaves, num_tokens, levels, level, first_token, start, num_leaves, width,
     BLOCK: tl.constexpr, RADIX: tl.constexpr, WINDOW: tl.constexpr, GUARD: tl.constexpr,
