@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longnet.attention.collectives import Flight, SequenceParallel, all_gather, all_to_all, reduce_scatter
+from longnet.attention.vectors import add_rows
 from longnet.schedule import Halo, halo
 
 
@@ -145,8 +146,7 @@ class Blocks:
     def add(self, gradient: Tensor) -> None:
         """Add the gradient of what was read last, `taken`."""
         assert self.gradient is not None
-        # index_put_ rather than index_add_: it adds in a fixed order on CUDA, too.
-        self.gradient.index_put_((self.at,), gradient.to(self.gradient.dtype), accumulate=True)
+        add_rows(self.gradient, self.at, gradient.to(self.gradient.dtype))
         self.at = self.taken = self.rows
 
     def collect(self, own: tuple[Tensor, ...], leaves: Leaves) -> None:

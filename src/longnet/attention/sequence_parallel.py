@@ -24,6 +24,7 @@ from longnet.attention import strided
 from longnet.attention.cached import Run, _runs, fused_steps, view
 from longnet.attention.collectives import Flight, SequenceParallel, all_gather, reduce_scatter
 from longnet.attention.dilated import AttentionOutput, _check
+from longnet.attention.vectors import add_rows
 from longnet.patterns import DilatedPattern
 from longnet.schedule import Exchange, RankPlan, Shards, exchanges, rank_plan
 
@@ -292,8 +293,7 @@ def _remote_backward(wide, lse, has_dlse, buffer, dbuffer, index, runs, dq, scal
 def _add_received(plan: _Plan, received: Tensor, dk: Tensor, dv: Tensor) -> None:
     """dk, dv (B, n, K, D) += the gradients (rows, 2, B, D) that other ranks sent, summed first, rounded once."""
     total = received.new_zeros((len(plan.tokens), *received.shape[1:]))
-    # index_put_ rather than index_add_: it adds in a fixed order on CUDA, too.
-    total.index_put_((plan.targets,), received, accumulate=True)
+    add_rows(total, plan.targets, received)
     for i, x in enumerate((dk, dv)):
         here = x[:, plan.tokens, plan.heads].to(total.dtype) + total[:, i].transpose(0, 1)
         x[:, plan.tokens, plan.heads] = here.to(x.dtype)

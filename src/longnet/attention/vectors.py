@@ -11,6 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def add_rows(total: Tensor, numbers: Tensor, rows: Tensor) -> None:
+    """total[numbers] += rows, numbers of any shape, in a fixed order on any device."""
+    if total.is_cuda:  # where index_add_ adds with atomics
+        total.index_put_((numbers,), rows, accumulate=True)
+    else:  # where index_put_ takes ten times as long
+        total.index_add_(0, numbers.flatten(), rows.flatten(0, numbers.dim() - 1))
+
+
 class Sums:
     """What readers add to the gradient of rows (-1, width) of x: in fp32 at least, in a fixed order on any device."""
 
@@ -22,11 +30,7 @@ class Sums:
     def add(self, numbers: Tensor, gradient: Tensor) -> None:
         if self.total is None:
             self.total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        numbers, gradient = numbers.flatten(), gradient.flatten(0, -2).to(self.dtype)
-        if self.device.type == "cuda":  # where index_add_ adds with atomics
-            self.total.index_put_((numbers,), gradient, accumulate=True)
-        else:
-            self.total.index_add_(0, numbers, gradient)
+        add_rows(self.total, numbers.flatten(), gradient.flatten(0, -2).to(self.dtype))
 
     def take(self) -> Tensor | None:
         total, self.total = self.total, None
