@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny cases: a smoke test, no claim")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hierarchical"))
     options = parser.parse_args()
-    facts, rows = environment(options.device), []
+    facts, rows, text = environment(options.device), [], "no case of these lengths"
     for case in SMALL_CASES if options.small else CASES:
         if case.group in options.groups and case.tokens in (options.tokens or (case.tokens,)):
             rows.append(measure(case, options))

@@ -164,6 +164,8 @@ def test_single_precision_and_repeatability():
         ({"level_bias": torch.zeros(3, 9)}, "level_bias"),
         ({"router_mix": torch.zeros(2)}, "router_mix"),
         ({"rotary": (torch.zeros(1, 10, 1, 3),) * 2}, "rotary"),
+        ({"rotary": (torch.zeros(1, 10, 1, 4), torch.zeros(1, 1, 1, 4))}, "rotary"),
+        ({"rotary": (torch.zeros(3, 10, 1, 4),) * 2}, "rotary"),
         ({"lengths": torch.zeros(2, dtype=torch.int64)}, "lengths"),
         ({"causal": "no"}, "causal"),
         ({"impl": "fast"}, "impl"),
@@ -230,3 +232,18 @@ def test_groups_of_a_forward_pass_follow_the_memory_of_the_device(monkeypatch, g
     ]
     assert max(sizes) == 4096 * times
     assert sum(sizes) == 10**5
+
+
+def test_kernels_refuse_capped_trees_by_the_length_of_the_text(monkeypatch):
+    """A stream asks with the queries of its chunk: one, of a text of any length."""
+    from types import SimpleNamespace
+
+    from longnet.attention import hierarchical
+
+    monkeypatch.setattr(hierarchical, "has_triton", lambda: True)
+    capped = HierarchicalPattern(block=16, levels=1)
+    for queries in (1, 2000):
+        q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, queries, 4, 64))
+        reason = hierarchical.unsupported(q, torch.empty(1, 2000, 1, 64, device="meta"), capped, True)
+        assert "at most 32 nodes; this pattern lists up to 125" in reason
+        assert hierarchical.unsupported(q, torch.empty(1, 400, 1, 64, device="meta"), capped, True) is None

@@ -87,6 +87,8 @@ CASES = [
     # more than 64 nodes in a level: several families
     (2401, 4, 1, 64, HierarchicalPattern(block=16, radix=4, window_blocks=2, top_k=4, beam=16)),
     (511, 2, 2, 64, HierarchicalPattern()),
+    # a window of the own block only
+    (1203, 3, 1, 64, HierarchicalPattern(radix=8, window_blocks=1, top_k=4, beam=8)),
     (1, 2, 2, 64, HierarchicalPattern()),
 ]
 
@@ -234,7 +236,7 @@ def test_lengths_and_a_long_sequence():
     assert torch.equal(whole[:, :50000], part)
 
 
-def test_whole_blocks_of_a_stream_go_to_the_kernels():
+def test_a_stream_by_kernels_equals_the_parallel_pass():
     from longnet.attention import hierarchical_cached
     from longnet.attention.hierarchical_torch import Parameters
     from longnet.attention.rotary import turn
@@ -256,9 +258,8 @@ def test_whole_blocks_of_a_stream_go_to_the_kernels():
             part = hierarchical_cached.Step(*part)
             outs.append(state.attend(part, Parameters(64**-0.5, bias, mix, None), prior))
     differ = (torch.cat(outs, 1) - whole).float().norm(dim=-1) > 0.03 * whole.float().norm(dim=-1)
-    # Between two blocks the path without kernels decides near ties otherwise.
+    # A stream pools without kernels: roundings of summaries may decide a near tie otherwise.
     assert differ.float().mean() < 0.01
-    assert not differ[:, :4160].any()
 
 
 def test_a_stream_equals_the_parallel_pass():

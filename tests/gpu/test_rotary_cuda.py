@@ -23,6 +23,7 @@ def test_one_pass_and_its_gradient_equal_torch(given, heads):
         torch.testing.assert_close(out, wanted, **tolerance)
         got, true = (torch.autograd.grad(y, x, dout)[0] for y in (out, wanted))
         assert got.dtype == given
+        assert torch.equal(got, turn(dout, (rotary[0], -rotary[1]), given))
         # torch rounds the two products apart, in the type of x.
         torch.testing.assert_close(
             got, true, atol=0.05 if given != torch.float32 else 1e-5, rtol=torch.finfo(given).eps

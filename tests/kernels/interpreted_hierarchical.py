@@ -30,6 +30,9 @@ CASES = {
     "chunks": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 131, 3, 1, 16, 0.7),
     # two sequences on two key heads, with several windows of tokens, every one a stretch of its own
     "batches": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 99, 4, 2, 16, 0.4),
+    # a window of the own block only, with a group that no two heads of which fit into one program
+    "own block": (HierarchicalPattern(16, 4, 1, 1, None, 2, 4), 83, 3, 1, 16, 1.0),
+    "own block, summaries": (HierarchicalPattern(16, 4, 1, 0, None, 0), 83, 2, 2, 16, 1.0),
     "short": (HierarchicalPattern(16, 4, 2, 1, None, 2, 4), 1, 2, 1, 16, 1.0),
 }
 
@@ -186,7 +189,7 @@ def continued() -> None:
 
 
 def streams() -> None:
-    """A stream whose whole blocks are left to the kernels equals one without kernels, whatever its chunks."""
+    """A stream that is left to the kernels equals one without kernels, whatever its chunks."""
     torch.manual_seed(0)
     pattern = HierarchicalPattern(16, 4, 2, 1, None, 2, 4)
     parameters = Parameters(0.25, 0.3 * torch.randn(4, 6), torch.rand(4), None)

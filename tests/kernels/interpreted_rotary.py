@@ -26,6 +26,8 @@ for batch, tokens, heads, width, own in (
         assert turned(given, *rotary, dtype).dtype == dtype
     back = turned(turned(x, *rotary, torch.float32), *rotary, torch.float32, back=True)
     torch.testing.assert_close(back, x)
+    mixed = rotary[0][:1], rotary[1].expand(batch, -1, -1, -1)
+    torch.testing.assert_close(turned(x, *mixed, torch.float32), turn_by_torch(x, mixed, torch.float32))
     onto = torch.randn(x.shape)
     wanted = onto + turn_by_torch(x, rotary, torch.float32)
     assert turned(x, *rotary, torch.float32, onto=onto) is onto

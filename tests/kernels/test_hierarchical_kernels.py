@@ -30,6 +30,8 @@ def run(script, *arguments, **environment):
         "capped",
         "chunks",
         "batches",
+        "own block",
+        "own block, summaries",
         "short",
         "pyramids",
         "readers",

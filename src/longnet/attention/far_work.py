@@ -109,7 +109,8 @@ def cover_tile(shape: Shape, geometry: Geometry, dtype: torch.dtype, kernel: str
     if kernel == "dkv":
         return tile | {"TMA": by_descriptor(shape)}
     heads = math.gcd(units, shape.group)
-    blocks = min(units // heads, geometry.radix)
+    # Blocks that share a program see a key in common, and list the same nodes of all levels but the finest.
+    blocks = min(units // heads, geometry.radix, geometry.window)
     return tile | {
         "G": shape.group,
         "HG": heads,

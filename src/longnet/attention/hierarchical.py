@@ -148,7 +148,7 @@ def unsupported(q: Tensor, k: Tensor, pattern: HierarchicalPattern, causal: bool
         return f"it takes a beam that is a power of two with 16 <= beam * radix <= 1024; got {beam} * {pattern.radix}"
     longest = pattern.radix * (pattern.guard + 1) - 1
     if pattern.levels is not None:
-        longest = max(longest, q.shape[1] // pattern.node_tokens(pattern.levels - 1))
+        longest = max(longest, k.shape[1] // pattern.node_tokens(pattern.levels - 1))
     if longest > 32:
         return f"it opens from lists of at most 32 nodes; this pattern lists up to {longest}"
     return None
@@ -183,10 +183,12 @@ def _check(q, k, v, pattern, causal, prior_query, level_bias, router_mix, rotary
         raise ValueError(f"level_bias: expected ({heads}, >= {levels}); got {tuple(level_bias.shape)}")
     if router_mix is not None and router_mix.shape != (heads,):
         raise ValueError(f"router_mix: expected shape ({heads},); got {tuple(router_mix.shape)}")
-    if rotary is not None and (width % 2 or rotary[0].shape[1:] != (tokens, 1, width // 2)):
-        raise ValueError(
-            f"rotary: expected (cos, sin) of (B or 1, {tokens}, 1, {width / 2:g}); got {tuple(rotary[0].shape)}"
-        )
+    if rotary is not None:
+        shapes = [tuple(x.shape) for x in rotary]
+        fitting = [(rows, tokens, 1, width // 2) for rows in (1, batch)]
+        if width % 2 or any(shape not in fitting for shape in shapes):
+            expected = f"(cos, sin), each ({batch} or 1, {tokens}, 1, {width / 2:g})"
+            raise ValueError(f"rotary: expected {expected}; got {' and '.join(map(str, shapes))}")
     if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
         raise ValueError(
             f"lengths: expected {batch} integers; got {lengths.dtype} of shape {tuple(lengths.shape)}"

@@ -54,7 +54,8 @@ def attend(
     prior = None if prior_query is None else prior_query.contiguous()
     lengths = None if lengths is None else lengths.to(q.device, torch.int64)
     parameters = (level_bias.float().contiguous(), router_mix.float().contiguous())
-    return _Attend.apply(*inputs, prior, lengths, *parameters, geometry, scale)  # type: ignore[return-value]
+    with torch.cuda.device_of(q):
+        return _Attend.apply(*inputs, prior, lengths, *parameters, geometry, scale)  # type: ignore[return-value]
 
 
 @torch.compiler.disable(reason="it launches kernels of its own")
@@ -83,7 +84,8 @@ def attend_next(
     zeros = start % pattern.block
     q, q_local = (F.pad(x, (0, 0, 0, 0, zeros, 0)) if zeros else x for x in (q, q_local))
     tokens = (aligned(x) for x in (q, k, v, q_local, k_local))
-    out, *_ = forward(*tokens, kbar, vbar, entropy, *parameters, geometry, scale, start=start - zeros)
+    with torch.cuda.device_of(q):
+        out, *_ = forward(*tokens, kbar, vbar, entropy, *parameters, geometry, scale, start=start - zeros)
     return out[:, zeros:]
 
 

@@ -21,7 +21,7 @@ def turn(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype | None = N
     cos, sin = rotary
     if not _one_pass(x, dtype, cos, sin):
         return turn_by_torch(x, rotary, dtype)
-    return _Turn.apply(x, cos, sin, dtype)  # type: ignore[return-value]
+    return _Turn.apply(x, cos, sin, dtype, False)  # type: ignore[return-value]
 
 
 def turn_by_torch(x: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
@@ -51,18 +51,19 @@ def _one_pass(x: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor) -> bool:
 
 
 class _Turn(torch.autograd.Function):
+    """x turned, or turned back; its gradient is the other way, again a turn."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:  # pyrefly: ignore
+    def forward(  # pyrefly: ignore
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool
+    ) -> Tensor:
         from longnet.kernels.rotary import turned
 
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        return turned(x, cos, sin, dtype)
+        ctx.dtype, ctx.back = x.dtype, back
+        return turned(x, cos, sin, dtype, back)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore
-        from longnet.kernels.rotary import turned
-
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyrefly: ignore
         cos, sin = ctx.saved_tensors
-        return turned(gradient, cos, sin, ctx.dtype, back=True), None, None, None
+        return _Turn.apply(gradient, cos, sin, ctx.dtype, not ctx.back), None, None, None, None  # type: ignore

@@ -21,7 +21,7 @@ def _turn_kernel(
     row = tl.arange(0, BM)
     d = tl.arange(0, BD)
     n = (tl.program_id(0) * (BM // BH) + row // BH).to(tl.int64)
-    h = row % BH
+    h = (row % BH).to(tl.int64)
     ok = (n < tokens) & (h < heads)
     mask = ok[:, None] & (d < half)[None, :]
     at = x + b * sxb + (n * sxn + h * sxh)[:, None] + d[None, :]
@@ -50,18 +50,19 @@ def turned(
     cos, sin (B or 1, N, 1, D / 2) fp32. -> (B, N, H, D), contiguous; `onto` (the same, of `dtype`): added to it, in place.
     """
     x = x if x.stride(3) == 1 else x.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin = (y.contiguous() for y in torch.broadcast_tensors(cos, sin))
     batch, tokens, heads, width = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device) if onto is None else onto
     if not x.numel():
         return out
     padded = triton.next_power_of_2(heads)
     rows = max(ROWS, padded)
-    _turn_kernel[(triton.cdiv(tokens, rows // padded), batch)](
-        x, out, cos, sin, tokens, heads, *x.stride()[:3], cos.stride(0) if cos.shape[0] == batch else 0, cos.stride(1),
-        D=width, BD=triton.next_power_of_2(width // 2), BH=padded, BM=rows, BACK=back, ADD=onto is not None,
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _turn_kernel[(triton.cdiv(tokens, rows // padded), batch)](
+            x, out, cos, sin, tokens, heads, *x.stride()[:3], cos.stride(0) if cos.shape[0] == batch else 0, cos.stride(1),
+            D=width, BD=triton.next_power_of_2(width // 2), BH=padded, BM=rows, BACK=back, ADD=onto is not None,
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -115,8 +116,9 @@ def norm_rotary_(
     batch, tokens, _, width = qkv.shape
     heads = num_queries + num_keys
     rows = batch * tokens if cos.shape[0] == batch else tokens
-    _norm_rotary_kernel[(batch * tokens,)](
-        qkv, q_weight, k_weight, cos, sin, rows, num_queries, heads, qkv.stride(1), cos.stride(1), eps,
-        D=width, BH=triton.next_power_of_2(heads), BD=max(16, triton.next_power_of_2(width // 2)),
-        num_warps=4 if heads * width > 1024 else 1,
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv):
+        _norm_rotary_kernel[(batch * tokens,)](
+            qkv, q_weight, k_weight, cos, sin, rows, num_queries, heads, qkv.stride(1), cos.stride(1), eps,
+            D=width, BH=triton.next_power_of_2(heads), BD=max(16, triton.next_power_of_2(width // 2)),
+            num_warps=4 if heads * width > 1024 else 1,
+        )  # fmt: skip
