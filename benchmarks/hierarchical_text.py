@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hierarchical import timed
-from longnet import LongNetForCausalLM, hierarchical_attention
+from longnet import LongNetForCausalLM
 from longnet.model.hierarchical_layer import LongNetHierarchicalAttention
 from longnet.text import encode
 from run import environment
@@ -55,12 +55,7 @@ def measure(
 ) -> dict:
     """rotary: the layer's; None: without turns, one query near and far."""
     tensors = tuple(x.detach().requires_grad_() for x in tensors)
-
-    def attend() -> torch.Tensor:
-        parameters = {"prior_query": attention.prior_query, "level_bias": attention.level_bias}
-        parameters |= {"router_mix": attention.beta(), "rotary": rotary}
-        return hierarchical_attention(*tensors, attention.pattern, **parameters).out
-
+    attend = lambda: attention._attend(*tensors, rotary, None, None)  # noqa: E731
     with torch.no_grad():
         forward = timed(attend, device)
     out = attend()
@@ -119,11 +114,12 @@ def main() -> None:
         attention.pattern = replace(attention.pattern, radix=options.radix or attention.pattern.radix)
         for tokens in options.tokens:
             tensors, rotary = projections(model, ids[:, :tokens], layer)
-            for data in (f"text, layer {layer}", "random")[: 1 + (layer == options.layers[0])]:
+            rotary = None if options.plain else rotary
+            kinds = [f"text, layer {layer}"] + ["random"] * (layer == options.layers[0])
+            for data in kinds:
                 if data == "random":
                     tensors = tuple(x.normal_() for x in tensors)
-                turns = None if options.plain else rotary
-                rows.append({"tokens": tokens, "data": data} | measure(attention, tensors, turns, device))
+                rows.append({"tokens": tokens, "data": data} | measure(attention, tensors, rotary, device))
                 print(json.dumps(rows[-1]), flush=True)
                 result = report(rows, facts, options.out)
             del tensors

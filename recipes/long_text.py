@@ -275,7 +275,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="bytes of a window; 65536, reduced 512")
     parser.add_argument("--batch", type=int, help="windows of a step; 65536 bytes a step")
     parser.add_argument("--heads", type=int, help="on one key head; 8, reduced 2")
-    parser.add_argument("--head-width", type=int, help="64, reduced 16")
+    parser.add_argument("--head-width", type=int, help="default: hidden size / heads")
     parser.add_argument("--leaves", type=int, help="blocks that a token opens; 8, reduced 2")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--windows", type=int, default=48, help="validation windows")

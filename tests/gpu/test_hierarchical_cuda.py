@@ -137,43 +137,35 @@ def test_kernels_against_a_dense_softmax(tokens, heads, key_heads, width, patter
     assert all(a is None or torch.equal(a, b) for a, b in zip(found, again[3], strict=True))
 
 
-def test_chunks_of_the_leaf_buffer_change_nothing(monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "heads", "key_heads", "width", "pattern", "chunks"),
+    [
+        (3001, 6, 2, 64, HierarchicalPattern(radix=8), {2**30: 1, 2**21: 20}),
+        # more than 31 bits of results in the one chunk
+        (70001, 16, 1, 128, HierarchicalPattern(radix=8, top_k=16, beam=16), {2**33: 1, 2**30: 5}),
+    ],
+)
+def test_chunks_of_the_leaf_buffer_change_nothing(
+    monkeypatch, tokens, heads, key_heads, width, pattern, chunks
+):
     from longnet.attention import opened_work
+    from longnet.attention.far_work import Geometry, shape_of
 
-    q, k, v = random(1, 3001, 6, 64), random(1, 3001, 2, 64, seed=1), random(1, 3001, 2, 64, seed=2)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    inputs = [random(1, tokens, n, width, seed=i) for i, n in enumerate((heads, key_heads, key_heads))]
+    inputs = [x.requires_grad_() for x in inputs]
     results = []
-    for size in (2**30, 2**21):
+    for size, count in chunks.items():
         monkeypatch.setattr(opened_work, "CHUNK_BYTES", size)
         monkeypatch.setattr(opened_work, "LEAF_ROWS", 0)
-        out, lse = hierarchical_attention(*inputs, HierarchicalPattern(radix=8), impl="triton")
+        geometry = Geometry.of(pattern, tokens)
+        assert len(opened_work.chunks_of(inputs[0], shape_of(*inputs[:2]), geometry)) == count
+        out, lse = hierarchical_attention(*inputs, pattern, impl="triton")
         results.append((out, lse, torch.autograd.grad((out.float() ** 2).sum(), inputs)))
     (out, lse, whole), (again, lse_again, parts) = results
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
     # sums over readers in another order
     for a, b in zip(whole, parts, strict=True):
-        assert (a - b).float().norm() <= 5e-3 * a.float().norm()
-
-
-def test_a_chunk_with_more_than_31_bits_of_results(monkeypatch):
-    from longnet.attention import opened_work
-    from longnet.attention.far_work import Geometry, shape_of
-
-    pattern = HierarchicalPattern(radix=8, top_k=16, beam=16)
-    inputs = [random(1, 70001, heads, 128, seed=i).requires_grad_() for i, heads in enumerate((16, 1, 1))]
-    results = []
-    for size, chunks in ((2**30, 5), (2**33, 1)):
-        monkeypatch.setattr(opened_work, "CHUNK_BYTES", size)
-        monkeypatch.setattr(opened_work, "LEAF_ROWS", 0)
-        geometry = Geometry.of(pattern, 70001)
-        assert len(opened_work.chunks_of(inputs[0], shape_of(*inputs[:2]), geometry)) == chunks
-        out, lse = hierarchical_attention(*inputs, pattern, impl="triton")
-        results.append((out, lse, torch.autograd.grad((out.float() ** 2).sum(), inputs)))
-    (out, lse, parts), (again, lse_again, whole) = results
-    assert torch.equal(out, again)
-    assert torch.equal(lse, lse_again)
-    for a, b in zip(parts, whole, strict=True):
         assert (a - b).float().norm() <= 5e-3 * a.float().norm()
 
 

@@ -30,7 +30,7 @@ class Sums:
     def add(self, numbers: Tensor, gradient: Tensor) -> None:
         if self.total is None:
             self.total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        add_rows(self.total, numbers.flatten(), gradient.flatten(0, -2).to(self.dtype))
+        add_rows(self.total, numbers, gradient.to(self.dtype))
 
     def take(self) -> Tensor | None:
         total, self.total = self.total, None
