@@ -48,6 +48,10 @@ class Geometry(NamedTuple):
         longest = max(self.radix * (self.guard + 1) - 1, min(32, self.sizes[-1]))
         return max(16, triton.next_power_of_2(longest))
 
+    def opens(self, num_tokens: int) -> bool:
+        """Whether any of so many tokens has something far to open."""
+        return self.top_k > 0 and num_tokens > self.window * self.block
+
     def parents(self, level: int) -> int:
         """Room for the nodes that a token opens one level up, a power of two."""
         above = self.sizes[level + 1] if level + 1 < self.levels else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,6 @@ from longnet.attention.fused import aligned
 from longnet.attention.hierarchical_gradients import backward
 from longnet.attention.opened_work import Leaves, Routes, chunks_of, readers_of_leaves, route
 from longnet.attention.pyramid_fused import Tree, pool, pool_backward
-from longnet.attention.rotary import angle_gradients
 from longnet.kernels import cover, leaves, opened_forward
 from longnet.kernels.rotary import turned
 from longnet.patterns import HierarchicalPattern
@@ -83,22 +83,24 @@ def attend_next(
     start = k.shape[1] - q.shape[1]
     zeros = start % pattern.block
     q, q_local = (F.pad(x, (0, 0, 0, 0, zeros, 0)) if zeros else x for x in (q, q_local))
-    tokens = (aligned(x) for x in (q, k, v, q_local, k_local))
+    q, k, v, q_local, k_local = (aligned(x) for x in (q, k, v, q_local, k_local))
+    given = (kbar, vbar, entropy, *parameters, geometry, scale, start - zeros)
     with torch.cuda.device_of(q):
-        out, *_ = forward(*tokens, kbar, vbar, entropy, *parameters, geometry, scale, start=start - zeros)
+        out, lse = cover_pass(q, v, q_local, k_local, *given)
+        opened_pass(q, k, v, *given, out, lse)
     return out[:, zeros:]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cos, sin, prior, lengths, level_bias, router_mix, geometry, scale):
-        q_local, k_local = _turned(q, k, cos, sin)
         nodes = pool(k, v, prior, lengths, Tree(scale, geometry.block, geometry.radix, geometry.sizes))
         kbar, vbar, _, entropy = nodes
-        out, lse, routes, kept = forward(
-            q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix,
-            geometry, scale, keep=any(ctx.needs_input_grad),
-        )  # fmt: skip
+        given = (kbar, vbar, entropy, level_bias, router_mix, geometry, scale, 0)
+        q_local, k_local = (None, k) if cos is None else (turned(x, cos, sin, x.dtype) for x in (q, k))
+        out, lse = cover_pass(q, v, q_local, k_local, *given)
+        del q_local, k_local  # a query of every token, which what is opened does not read
+        routes, kept = opened_pass(q, k, v, *given, out, lse, keep=any(ctx.needs_input_grad))
         inputs = (q, k, v, cos, sin, prior, lengths, level_bias, router_mix)
         chunks = (x for chunk in kept for x in chunk)
         ctx.save_for_backward(*inputs, *nodes, out, lse, *(routes or ()), *chunks)
@@ -115,42 +117,25 @@ class _Attend(torch.autograd.Function):
         routes = Routes(*opened) if opened else None
         kept = [Leaves(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
         dout = torch.zeros_like(results[0]) if dout is None else dout
+        rotary = None if cos is None else (cos, sin)
         kbar, vbar, mass, entropy = nodes
-        q_local, k_local = _turned(q, k, cos, sin)
         grads = backward(
-            dout, dlse, q, k, v, q_local, k_local, kbar, vbar, entropy, level_bias, router_mix,
-            *results, routes, kept, geometry, scale, ctx.needs_input_grad[7],
+            dout, dlse, q, k, v, rotary, kbar, vbar, entropy, level_bias, router_mix, *results, routes, kept,
+            geometry, scale, angles_wanted=any(ctx.needs_input_grad[3:5]), bias_wanted=ctx.needs_input_grad[7],
         )  # fmt: skip
-        dq, dk, dv, dq_local, dk_local, dkbar, dvbar, dentropy, dbias, dmix = grads
-        del q_local, k_local
-        dcos = dsin = None
-        if cos is None:  # the same queries and keys near and far
-            dk = dk_local if dk is None else dk.add_(dk_local)
-        else:
-            if any(ctx.needs_input_grad[3:5]):
-                dcos, dsin = angle_gradients(((q, dq_local), (k, dk_local)), (cos, sin))
-            dq = turned(dq_local, cos, sin, q.dtype, back=True, onto=dq)
-            dk = turned(dk_local, cos, sin, k.dtype, back=True, onto=dk)
+        dq, dk, dv, dcos, dsin, dkbar, dvbar, dentropy, dbias, dmix = grads
         tree = Tree(scale, geometry.block, geometry.radix, geometry.sizes)
         below = (dkbar, dvbar, torch.zeros_like(mass), dentropy)
         dk, dv, dprior = pool_backward(k, v, prior, lengths, tree, nodes, below, dk, dv)
         return dq, dk, dv, dcos, dsin, dprior, None, dbias, dmix, None, None
 
 
-def _turned(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """Queries and keys inside the window; None where the queries are the same."""
-    if cos is None or sin is None:
-        return None, k
-    return turned(q, cos, sin, q.dtype), turned(k, cos, sin, k.dtype)
-
-
 # What the forward pass saves: its nine tensors; the nodes; out and lse; what was opened; `Leaves` of every chunk.
 _SAVED = (slice(9), slice(9, 13), slice(13, 15), slice(15, 18), slice(18, None))
 
 
-def forward(
+def cover_pass(
     q: Tensor,
-    k: Tensor,
     v: Tensor,
     q_local: Tensor | None,
     k_local: Tensor,
@@ -161,49 +146,72 @@ def forward(
     router_mix: Tensor,
     geometry: Geometry,
     scale: float,
-    keep: bool = False,
-    start: int = 0,
-) -> tuple[Tensor, Tensor, Routes | None, list[Leaves]]:
-    """out (B, n, H, D), lse (B, H, n), what was opened, and if `keep` what the backward pass wants of every chunk.
+    start: int,
+) -> tuple[Tensor, Tensor]:
+    """out (B, n, H, D), lse (B, H, n) of the window's tokens and, where nothing is opened, of the summaries.
 
-    q, k: for far tokens and summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy
-    (B, nodes, K): the levels one after the other. level_bias (H, levels), router_mix (H,) fp32. The n queries are the last of
-    the text whose keys these are, from position `start` on, where a block begins.
+    q: for summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy (B, nodes, K): the
+    levels one after the other. level_bias (H, levels), router_mix (H,) fp32. The n queries are the last of the text whose keys
+    these are, from position `start` on, where a block begins.
     """
-    shape = shape_of(q, k)
+    shape = shape_of(q, k_local)
     joint = q_local is None
     q_local = q if q_local is None else q_local
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     tile = cover_tile(shape, geometry, q.dtype, "forward")
-    offsets = offsets_of(geometry, q.device)
-    opening = geometry.top_k > 0 and start + shape.tokens > geometry.window * geometry.block
-    counts = (kbar.shape[1], shape.heads, shape.key_heads)
     cover.cover_forward[cover_grid(shape, geometry, tile, start)](
         q_local, *(rows_of(x, tile["BK"], tile["BD"]) for x in (k_local, v)), q, kbar, vbar, entropy, level_bias, out, lse,
-        *strides(q_local), *strides(q), start + shape.tokens, *counts, start, scale,
-        LISTS=not opening, JOINT=joint, **tile,
+        *strides(q_local), *strides(q), start + shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, start, scale,
+        LISTS=not geometry.opens(start + shape.tokens), JOINT=joint, **tile,
     )  # fmt: skip
-    if not opening:
-        return out, lse, None, []
-    summaries = (kbar, vbar, entropy, level_bias)
+    return out, lse
+
+
+def opened_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kbar: Tensor,
+    vbar: Tensor,
+    entropy: Tensor,
+    level_bias: Tensor,
+    router_mix: Tensor,
+    geometry: Geometry,
+    scale: float,
+    start: int,
+    out: Tensor,
+    lse: Tensor,
+    keep: bool = False,
+) -> tuple[Routes | None, list[Leaves]]:
+    """Add what is opened, and the summaries that stay, to out and lse of `cover_pass`, whose arguments these are.
+
+    Returns what was opened, and if `keep` what the backward pass wants of every chunk.
+    """
+    shape = shape_of(q, k)
+    if not geometry.opens(start + shape.tokens):
+        return None, []
+    offsets = offsets_of(geometry, q.device)
+    counts, summaries = (kbar.shape[1], shape.heads, shape.key_heads), (kbar, vbar, entropy, level_bias)
     routes, kept = Routes.empty(shape, geometry, q.device, start), []
-    for chunk in chunks_of(q, shape, geometry, start):
+    chunks = chunks_of(q, shape, geometry, start)
+    lead = (shape.pairs, max(chunk.tokens for chunk in chunks), geometry.top_k, shape.group)
+    # The results of opened leaves, of one chunk after the other; as large as q in long texts.
+    buffer = torch.empty(math.prod(lead) * shape.width, dtype=q.dtype, device=q.device)
+    for chunk in chunks:
         tables, keys = route(q, kbar, entropy, offsets, routes, shape, geometry, chunk, scale)
         readers = readers_of_leaves(keys, shape, geometry, keep)
-        lead = (shape.pairs, chunk.tokens, geometry.top_k, shape.group)
-        part = torch.empty(*lead, shape.width, dtype=q.dtype, device=q.device)
-        logits = torch.empty(2, *lead, device=q.device)
+        logits = torch.empty(2, shape.pairs, chunk.tokens, *lead[2:], device=q.device)
         if keep:
             kept.append(Leaves(*readers, logits))
         leaves.leaf_forward[(len(readers.items),)](
-            q, k, v, readers.order, readers.items, part, logits,
+            q, k, v, readers.order, readers.items, buffer, logits,
             *strides(q), *strides(k), *strides(v), geometry.sizes[0], shape.key_heads, chunk.first, chunk.tokens, scale,
             BLOCK=geometry.block, TOP_K=geometry.top_k, **reader_tile(shape, geometry, q.dtype, "leaf forward"),
         )  # fmt: skip
         opened_forward.far_attend[tables.grid](
-            q, *summaries, router_mix, routes.opened, *tables.lists, part, logits, out, lse,
+            q, *summaries, router_mix, routes.opened, *tables.lists, buffer, logits, out, lse,
             *strides(q), shape.tokens, *counts, geometry.levels, scale, chunk.first, tables.columns,
             STAGES=PLACE_STAGES, **place_tile(geometry, chunk.tile), **far_tile(shape, q.dtype, "attend"),
         )  # fmt: skip
-    return out, lse, routes, kept
+    return routes, kept

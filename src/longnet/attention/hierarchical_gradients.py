@@ -22,9 +22,11 @@ from longnet.attention.far_work import (
     strides,
 )
 from longnet.attention.fused import aligned
-from longnet.attention.opened_gradients import Nodes, Opened, opened_gradients
+from longnet.attention.opened_gradients import Nodes, Opened
 from longnet.attention.opened_work import Leaves, Routes
+from longnet.attention.rotary import angle_gradients
 from longnet.kernels import cover, cover_keys
+from longnet.kernels.rotary import turned
 
 
 def backward(
@@ -33,8 +35,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_local: Tensor | None,
-    k_local: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
     kbar: Tensor,
     vbar: Tensor,
     entropy: Tensor,
@@ -46,47 +47,56 @@ def backward(
     kept: Sequence[Leaves],
     geometry: Geometry,
     scale: float,
+    angles_wanted: bool = False,
     bias_wanted: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, q_local, k_local, kbar, vbar, entropy (fp32), level_bias, router_mix, in this order.
+    """Gradients of q, k, v, cos, sin, kbar, vbar, entropy (fp32), level_bias, router_mix, in this order; None: not asked for.
 
-    q_local None: q was read inside the window too; None is its gradient, and that of k where no token reached beyond summaries.
+    rotary (cos, sin): turns of queries and keys inside the window, which are made again; None: without.
     """
     shape = shape_of(q, k)
     dout = aligned(dout.contiguous())
-    opening, joint = routes is not None, q_local is None
-    q_local = q if q_local is None else q_local
+    opening = routes is not None
     summaries = (kbar, vbar, entropy, level_bias)
-    dq_local = _like(q)
-    dq = dq_local if joint else _like(q)
     # Per query, from the lists; what was opened has its own sums.
     dbias = None
     if bias_wanted and not opening:
         dbias = torch.zeros(shape.batch, shape.tokens, shape.heads, geometry.levels, device=q.device)
+    q_local, k_local = (q, k) if rotary is None else (turned(x, *rotary, x.dtype) for x in (q, k))
+    dq = _like(q)
+    # What the far queries get from the lists; what was opened is added to what the local ones got.
+    dq_far = dq if rotary is None or opening else _like(q)
     delta = torch.empty_like(lse)
     tile = cover_tile(shape, geometry, q.dtype, "dq")
     cover.cover_dq[cover_grid(shape, geometry, tile)](
         q_local, *(rows_of(x, tile["BK"], tile["BD"]) for x in (k_local, v)), q, *summaries, dout, out,
-        lse, lse if dlse is None else dlse.contiguous(), delta, dq_local, dq, delta if dbias is None else dbias,
+        lse, lse if dlse is None else dlse.contiguous(), delta, dq, dq_far, delta if dbias is None else dbias,
         *strides(q_local), *strides(q), shape.tokens, kbar.shape[1], shape.heads, shape.key_heads, scale,
-        LISTS=not opening, JOINT=joint, BIAS=dbias is not None, DLSE=dlse is not None,
+        LISTS=not opening, JOINT=rotary is None, BIAS=dbias is not None, DLSE=dlse is not None,
         COLUMNS=max(16, triton.next_power_of_2(geometry.levels)), **tile,
     )  # fmt: skip
     queries = (dout, lse, delta)
     # What opened leaves add comes in fp32.
-    dk_local, dv = _window(
-        q_local, k_local, v, *queries, geometry, scale, torch.float32 if opening else v.dtype
-    )
+    dk, dv = _window(q_local, k_local, v, *queries, geometry, scale, torch.float32 if opening else v.dtype)
+    del q_local, k_local  # a query of every token, which what was opened does not read
+    dcos = dsin = None
+    if rotary is not None:
+        if angles_wanted:
+            dcos, dsin = angle_gradients(((q, dq), (k, dk)), rotary)
+        dq = turned(dq, *rotary, q.dtype, back=True, onto=None if opening else dq_far)
+        dk = turned(dk, *rotary, dk.dtype, back=True)
+    del dq_far
     nodes = _listed(q, *summaries, *queries, routes, shape, geometry, scale)
     if routes is None:
-        dk, dbias = None, None if dbias is None else dbias.sum((0, 1))
+        dbias = None if dbias is None else dbias.sum((0, 1))
         dmix = torch.zeros_like(router_mix)
     else:
         rows = (x.transpose(1, 2).contiguous() for x in (lse, delta))
         offsets = offsets_of(geometry, q.device)
         given = Opened(shape, geometry, scale, q, k, v, *summaries, router_mix, offsets, dout, *rows)
-        dk, dv, dbias, dmix = opened_gradients(given, routes, kept, dq, joint, dv, nodes)
-    return dq, dk, dv, None if joint else dq_local, dk_local, *nodes, dbias, dmix
+        given.children(routes, nodes)
+        dk, dv, dbias, dmix = given.leaves(routes, kept, dq, dk, dv, nodes)
+    return dq, dk, dv, dcos, dsin, *nodes, dbias, dmix
 
 
 def _like(x: Tensor) -> Tensor:
@@ -104,9 +114,9 @@ def _window(
     scale: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the window's keys and, in `dtype`, of the values."""
+    """Gradients of the window's keys and values, in `dtype`."""
     shape = shape_of(q, k)
-    dk, dv = _like(k), torch.empty(v.shape, dtype=dtype, device=v.device)
+    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     tile = cover_tile(shape, geometry, q.dtype, "dkv")
     blocks = -(-shape.tokens // geometry.block)
     cover_keys.window_dkv[(blocks * shape.key_heads, shape.batch)](

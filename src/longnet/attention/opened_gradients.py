@@ -93,30 +93,36 @@ class Opened(NamedTuple):
         )  # fmt: skip
 
     def leaves(
-        self, routes: Routes, kept: Sequence[Leaves], dq: Tensor, add: bool, dv_sum: Tensor, nodes: Nodes
+        self,
+        routes: Routes,
+        kept: Sequence[Leaves],
+        dq: Tensor,
+        dk_sum: Tensor,
+        dv_sum: Tensor,
+        nodes: Nodes,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dk, dv, dbias, dmix. Adds to nodes; dq is stored, or `add`ed to what it holds; dv_sum (B, N, K, D) fp32 holds the
-        other gradients of v, and is used up."""
+        """dk, dv, dbias, dmix. Adds to dq and nodes; dk_sum, dv_sum (B, N, K, D) fp32 hold the window's gradients, and are
+        used up."""
         shape, levels = self.shape, self.geometry.levels
         parts = chunks_of(self.q, shape, self.geometry)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
-        dk_sum = dv_sum if len(parts) == 1 else torch.empty_like(dv_sum)
         tiles = sum(chunk.tiles for chunk in parts)
         dparameters = torch.empty(
             shape.batch, shape.key_heads, tiles, levels + 1, shape.group, device=self.q.device
         )
-        done = known = 0
+        done = 0
         for i, (chunk, opened) in enumerate(zip(parts, kept, strict=True)):
-            item_dkv, item_dnode = self._chunk(routes, opened, chunk, dq, add, dparameters, done)
+            item_dkv, item_dnode = self._chunk(routes, opened, chunk, dq, dparameters, done)
             last = i == len(parts) - 1
             # Nobody opens what lies after a chunk: sums of earlier blocks only.
             blocks = triton.cdiv(shape.tokens if last else chunk.first + chunk.tokens, self.geometry.block)
             readers.add_leaves[(blocks, self.geometry.block // 16, shape.pairs)](
                 item_dkv, item_dnode, opened.ranges, dk_sum, dv_sum, dk, dv, nodes.dkbar, nodes.dentropy,
-                shape.tokens, self.geometry.sizes[0], self.kbar.shape[1], shape.key_heads, known,
+                shape.tokens, self.geometry.sizes[0], self.kbar.shape[1], shape.key_heads,
                 **self.leaf, BLOCK=self.geometry.block, ROWS=16, LAST=last, num_warps=4,
             )  # fmt: skip
-            done, known = done + chunk.tiles, blocks
+            del item_dkv, item_dnode  # before the next chunk has its own
+            done += chunk.tiles
         sums = dparameters.sum((0, 2)).transpose(1, 2).reshape(shape.heads, levels + 1)
         return dk, dv, sums[:, :levels], sums[:, levels]
 
@@ -130,7 +136,6 @@ class Opened(NamedTuple):
         opened: Leaves,
         chunk: Chunk,
         dq: Tensor,
-        add: bool,
         dparameters: Tensor,
         done: int,
     ) -> tuple[Tensor, Tensor]:
@@ -154,27 +159,10 @@ class Opened(NamedTuple):
             self.q, self.kbar, self.vbar, self.level_bias, routes.opened, *tables.lists, part, slopes,
             self.dout, self.lse, self.delta, dq, dparameters, rises, rise_sums, *strides(self.q), *self.sizes, self.scale,
             chunk.first, tables.columns, done, dparameters.shape[2],
-            STAGES=PLACE_STAGES, ADD=add, **place_tile(geometry, chunk.tile), **far_tile(shape, self.q.dtype, "dq"),
+            STAGES=PLACE_STAGES, **place_tile(geometry, chunk.tile), **far_tile(shape, self.q.dtype, "dq"),
         )  # fmt: skip
         item_dnode = torch.empty(items, shape.width + 1, device=device)
         leaves.sum_places[(items,)](
             rises, rise_sums, opened.order, opened.items, item_dnode, **self.leaf, BR=64, num_warps=4
         )
         return item_dkv, item_dnode
-
-
-def opened_gradients(
-    given: Opened,
-    routes: Routes,
-    kept: Sequence[Leaves],
-    dq: Tensor,
-    joint: bool,
-    dv_sum: Tensor,
-    nodes: Nodes,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dk, dv, dbias, dmix of the far keys, of all values and of the parameters; adds to the nodes and, if `joint`, to dq."""
-    given.children(routes, nodes)
-    if not joint:
-        # Queries without a far context have no tile.
-        dq[:, : given.geometry.window * given.geometry.block] = 0
-    return given.leaves(routes, kept, dq, joint, dv_sum, nodes)

@@ -23,10 +23,10 @@ def far_dq(
     first_tile, all_tiles,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
     TOP_K: tl.constexpr, PLACES: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    ADD: tl.constexpr, PREC: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq of the far queries, and per tile dparameters (pairs, all_tiles, levels + 1, G), of the level biases and the mix: the
-    summaries' share, and the sum of the places' (part, slopes of `leaves.leaf_backward`). ADD: to what dq holds.
+    """Adds to dq what the far queries get: the summaries' share, and the sum of the places' (part, slopes of
+    `leaves.leaf_backward`); per tile dparameters (pairs, all_tiles, levels + 1, G), of the level biases and the mix.
 
     Of every place also what its leaf's summary gets, rises (pairs, tiles T, TOP_K, D) and without D rise_sums: products over
     AT_ONCE tokens with PLACES places each, of which every row has its own token's.
@@ -97,8 +97,7 @@ def far_dq(
         at = ((tile.to(tl.int32) * T + t_row) * TOP_K + n) * G + g
         acc += tl.load(part + at.to(tl.int64)[:, None] * D + d[None, :], row_ok, 0.0).to(tl.float32)
         mix_sums += tl.load(slopes + apart + at, ok, 0.0)
-    if ADD:
-        acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
+    acc += tl.load(dq + at_out, row_ok, 0.0).to(tl.float32)
     tl.store(to, tl.sum(tl.reshape(sums, (T, GP)), 0), one < G)
     tl.store(to + levels * G, tl.sum(tl.reshape(mix_sums, (T, GP)), 0), one < G)
     tl.store(dq + at_out, acc.to(dq.dtype.element_ty), row_ok)

@@ -148,14 +148,13 @@ def add_children(
 @triton.jit
 def add_leaves(
     partial, partial_node, ranges, dk_sum, dv_sum, dk, dv, dkbar, dentropy,
-    num_tokens, num_leaves, num_nodes, num_key_heads, known,
+    num_tokens, num_leaves, num_nodes, num_key_heads,
     D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of the leaves' items, partial (items, 2, BLOCK, D) to dk_sum, dv_sum (B, N, K, D) fp32 and partial_node
     (items, D + 1) to dkbar (B, nodes, K, D), dentropy (B, nodes, K).
 
-    dk_sum holds something for the first `known` blocks only. LAST: the sums are stored to dk, dv instead, rounded. Tokens
-    beyond the leaves included.
+    LAST: the sums are stored to dk, dv instead, rounded. Tokens beyond the leaves included.
     """
     leaf = tl.program_id(0)
     pair = tl.program_id(2)
@@ -169,7 +168,7 @@ def add_leaves(
     token = leaf * BLOCK + c
     ok = (token < num_tokens)[:, None] & d_ok[None, :]
     at = ((b * num_tokens + token) * num_key_heads + kh)[:, None] * D + d[None, :]
-    dk_total = tl.load(dk_sum + at, ok & (leaf < known), 0.0)
+    dk_total = tl.load(dk_sum + at, ok, 0.0)
     dv_total = tl.load(dv_sum + at, ok, 0.0)
     row = (b * num_nodes + leaf) * num_key_heads + kh
     one = (tl.program_id(1) == 0) & inside
