@@ -60,6 +60,7 @@ class Setting:
         named = [
             dense("dense", self.tree),
             Variant("hierarchical", self.tree),
+            Variant("hierarchical, heads alike", self.tree, far_bias=0.0),
             Variant("dilated", self.tree, DilatedPattern(segments, (1, 4, 16))),
             Variant("local", replace(self.tree, top_k=0), summaries=False),
             Variant("summaries", replace(self.tree, top_k=0)),

@@ -42,7 +42,8 @@ class Variant:
     """An attention: a tree, or a dilated pattern if one is given.
 
     turned: rotary positions (dilated and dense); summaries: False leaves of a tree only its window; mix_learned: the router
-    mix follows its gradient, which always asks for less of it at once and so leaves the router untrained.
+    mix follows its gradient, which always asks for less of it at once and so leaves the router untrained; far_bias: of
+    `LongNetConfig`, 0 lets all heads begin alike.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Variant:
     turned: bool = True
     summaries: bool = True
     mix_learned: bool = False
+    far_bias: float = LongNetConfig.far_bias
 
     @property
     def opens(self) -> bool:
@@ -136,7 +138,8 @@ def build(variant: Variant, seed: int, taps: float = TAPS, **size: object) -> Lo
     taps: spread of the convolution's taps at first.
     """
     torch.manual_seed(seed)
-    config = LongNetConfig(attention="hierarchical", hierarchical=asdict(variant.tree), **size)  # type: ignore[arg-type]
+    tree = {"attention": "hierarchical", "hierarchical": asdict(variant.tree), "far_bias": variant.far_bias}
+    config = LongNetConfig(**tree, **size)  # type: ignore[arg-type]
     model = LongNetForCausalLM(config)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.attention.key_conv, std=taps)

@@ -147,6 +147,39 @@ def test_it_is_saved_and_loaded_whole(tmp_path):
     assert sum(p.numel() for p in again.parameters()) == again.config.num_parameters()
 
 
+def test_heads_begin_with_different_reach(tmp_path):
+    config = LongNetConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1,
+        attention="hierarchical", hierarchical=TREE, far_bias=-9,
+    )  # fmt: skip
+    network = LongNetForCausalLM(config)
+    attention, levels = network.model.layers[0].attention, config.hierarchical_pattern().most_levels()
+    expected = torch.tensor([0.0, -3.0, -6.0, -9.0])[:, None].expand(4, levels)
+    assert torch.equal(attention.level_bias, expected)
+    with torch.no_grad():  # what was learned is loaded, not begun again
+        attention.level_bias.fill_(0.5)
+    network.save_pretrained(tmp_path)
+    again = LongNetForCausalLM.from_pretrained(tmp_path).model.layers[0].attention
+    assert torch.equal(again.level_bias, torch.full((4, levels), 0.5))
+
+
+def test_a_far_bias_leaves_the_window_alone_and_takes_weight_from_the_rest():
+    """The share of the window in a new model's softmax, in the head without a bias and in the last one."""
+    hidden = torch.randn(1, 200, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    network = model()
+    attention = network.model.layers[0].attention
+    with torch.no_grad():
+        attention.level_bias.copy_(attention.first_level_bias())
+    angles = torch.zeros(1, 200, 1, 4, dtype=torch.float64)
+    shares = []
+    for seen in attention.attention_maps(hidden, (angles.cos(), angles.sin())):
+        weights = [item.weight for item in seen.items]
+        near = [item.weight for item in seen.items if item.kind == "window"]
+        assert sum(weights) == pytest.approx(1)
+        shares.append(sum(near))
+    assert shares[0] < 0.5 < 0.9 < shares[-1]
+
+
 def test_an_encoder_sees_both_directions():
     torch.manual_seed(0)
     config = LongNetConfig(
@@ -171,6 +204,8 @@ def test_an_encoder_sees_both_directions():
         ({"attention": "sparse"}, "attention"),
         ({"attention": ["dilated"]}, "list of 2"),
         ({"key_conv": 100}, "key_conv"),
+        ({"far_bias": float("nan")}, "far_bias"),
+        ({"far_bias": True}, "far_bias"),
         ({"hierarchical": {"blok": 3}}, "HierarchicalPattern"),
         ({"hierarchical": {"block": 0}}, "block"),
     ],

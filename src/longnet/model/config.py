@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -50,6 +51,8 @@ class LongNetConfig(PreTrainedConfig):
         attention: "dilated", "hierarchical", or a list with one of them for every layer.
         hierarchical: fields of `HierarchicalPattern` for the hierarchical layers, as JSON.
         key_conv: width of the short convolution on the keys of hierarchical layers; 0 for none.
+        far_bias: what the level biases of hierarchical layers are at first, in nats, spread evenly over the heads from 0 to
+            this: heads begin with different reach. 0: far text weighs as in dense attention, in every head.
         attention_impl: None picks the best path; "triton", "strided" or "reference" obeys or
             raises.
 
@@ -86,6 +89,7 @@ class LongNetConfig(PreTrainedConfig):
     attention: str | list[str] = "dilated"
     hierarchical: dict[str, Any] | None = None
     key_conv: int = 4
+    far_bias: float | int = -6.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._require_positive("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -146,6 +150,10 @@ class LongNetConfig(PreTrainedConfig):
         if type(self.key_conv) is not int or not 0 <= self.key_conv <= 64:
             raise ValueError(
                 f"expected key_conv, the width of the convolution on keys, in 0 .. 64; got {self.key_conv!r}"
+            )
+        if isinstance(self.far_bias, bool) or not -math.inf < self.far_bias < math.inf:
+            raise ValueError(
+                f"expected far_bias, what the level biases begin with, to be finite; got {self.far_bias!r}"
             )
         self.hierarchical_pattern()
 

@@ -44,8 +44,9 @@ class LongNetHierarchicalAttention(LongNetProjections):
 
     Keys pass a short causal depthwise convolution, added to them, before the norm: k_t + sum_j c_j k_{t-j}. Rotary turns act
     inside the window only. Parameters of the attention itself, per key head or head: the prior query that pools (0: the
-    mean), a bias per level (0), and beta, how far an opened block's mass is the router's score (1; clamped to [0, 1]), which
-    does not learn unless asked: its gradient would take away what the router learns by.
+    mean), a bias per level (from 0 in the first head to the configuration's `far_bias` in the last: like ALiBi's slopes it
+    lets heads begin with different reach), and beta, how far an opened block's mass is the router's score (1; clamped to
+    [0, 1]), which does not learn unless asked: its gradient would take away what the router learns by.
     """
 
     def __init__(self, config: LongNetConfig, layer_index: int) -> None:
@@ -53,7 +54,8 @@ class LongNetHierarchicalAttention(LongNetProjections):
         self.pattern = config.hierarchical_pattern()
         self.impl: HierarchicalImpl | None = "reference" if config.attention_impl == "reference" else None
         self.prior_query = nn.Parameter(torch.zeros(self.key_heads, self.head_dim))
-        self.level_bias = nn.Parameter(torch.zeros(self.heads, self.pattern.most_levels()))
+        self.far_bias = config.far_bias
+        self.level_bias = nn.Parameter(self.first_level_bias())
         self.router_mix = nn.Parameter(torch.ones(self.heads), requires_grad=False)
         self.key_conv = nn.Parameter(torch.zeros(self.key_heads, self.head_dim, config.key_conv))
 
@@ -75,6 +77,11 @@ class LongNetHierarchicalAttention(LongNetProjections):
         with torch.autocast(v.device.type, enabled=False):
             out = self._attend(q, k, v, rotary, lengths, cache)
         return self.o_proj(out.flatten(2))
+
+    def first_level_bias(self) -> Tensor:
+        """(H, levels): what a new layer's level biases are."""
+        heads = torch.linspace(0, self.far_bias, self.heads)
+        return heads[:, None].repeat(1, self.pattern.most_levels())
 
     def beta(self) -> Tensor:
         """(H,): the router mix within [0, 1], which optimizers may leave by a step."""

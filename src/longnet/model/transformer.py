@@ -70,8 +70,9 @@ class LongNetPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, LongNetHierarchicalAttention):
-            for weight in (module.prior_query, module.level_bias, module.key_conv):
+            for weight in (module.prior_query, module.key_conv):
                 init.zeros_(weight)
+            init.copy_(module.level_bias, module.first_level_bias())
             init.ones_(module.router_mix)
         else:
             super()._init_weights(module)
