@@ -122,9 +122,9 @@ def test_kernels_against_a_dense_softmax(tokens, heads, key_heads, width, patter
     )
 
     def run():
-        given = (*nodes, bias, mix, geometry, scale)
-        out, lse = fused.cover_pass(q, v, turn(q, rotary), turn(k, rotary), *given, 0)
-        routes, kept = fused.opened_pass(q, k, v, *given, 0, out, lse, keep=True)
+        place = (geometry, scale, 0)
+        out, lse = fused.cover_pass(q, v, turn(q, rotary), turn(k, rotary), *nodes, bias, *place)
+        routes, kept = fused.opened_pass(q, k, v, *nodes, bias, mix, *place, out, lse, keep=True)
         found = fused.backward(
             dout, dlse, q, k, v, rotary, *nodes, bias, mix, out, lse, routes, kept, geometry, scale, True
         )

@@ -79,15 +79,15 @@ def attend_next(
     """
     geometry = Geometry.of(pattern, k.shape[1])
     kbar, vbar, entropy = (torch.cat([level[i] for level in levels], 1) for i in (0, 1, 3))
-    parameters = (level_bias[:, : geometry.levels].float().contiguous(), router_mix.float().contiguous())
+    bias, mix = level_bias[:, : geometry.levels].float().contiguous(), router_mix.float().contiguous()
     start = k.shape[1] - q.shape[1]
     zeros = start % pattern.block
     q, q_local = (F.pad(x, (0, 0, 0, 0, zeros, 0)) if zeros else x for x in (q, q_local))
     q, k, v, q_local, k_local = (aligned(x) for x in (q, k, v, q_local, k_local))
-    given = (kbar, vbar, entropy, *parameters, geometry, scale, start - zeros)
+    summaries, place = (kbar, vbar, entropy, bias), (geometry, scale, start - zeros)
     with torch.cuda.device_of(q):
-        out, lse = cover_pass(q, v, q_local, k_local, *given)
-        opened_pass(q, k, v, *given, out, lse)
+        out, lse = cover_pass(q, v, q_local, k_local, *summaries, *place)
+        opened_pass(q, k, v, *summaries, mix, *place, out, lse)
     return out[:, zeros:]
 
 
@@ -96,11 +96,12 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, cos, sin, prior, lengths, level_bias, router_mix, geometry, scale):
         nodes = pool(k, v, prior, lengths, Tree(scale, geometry.block, geometry.radix, geometry.sizes))
         kbar, vbar, _, entropy = nodes
-        given = (kbar, vbar, entropy, level_bias, router_mix, geometry, scale, 0)
+        summaries, place = (kbar, vbar, entropy, level_bias), (geometry, scale, 0)
         q_local, k_local = (None, k) if cos is None else (turned(x, cos, sin, x.dtype) for x in (q, k))
-        out, lse = cover_pass(q, v, q_local, k_local, *given)
+        out, lse = cover_pass(q, v, q_local, k_local, *summaries, *place)
         del q_local, k_local  # a query of every token, which what is opened does not read
-        routes, kept = opened_pass(q, k, v, *given, out, lse, keep=any(ctx.needs_input_grad))
+        keep = any(ctx.needs_input_grad)
+        routes, kept = opened_pass(q, k, v, *summaries, router_mix, *place, out, lse, keep)
         inputs = (q, k, v, cos, sin, prior, lengths, level_bias, router_mix)
         chunks = (x for chunk in kept for x in chunk)
         ctx.save_for_backward(*inputs, *nodes, out, lse, *(routes or ()), *chunks)
@@ -143,7 +144,6 @@ def cover_pass(
     vbar: Tensor,
     entropy: Tensor,
     level_bias: Tensor,
-    router_mix: Tensor,
     geometry: Geometry,
     scale: float,
     start: int,
@@ -151,7 +151,7 @@ def cover_pass(
     """out (B, n, H, D), lse (B, H, n) of the window's tokens and, where nothing is opened, of the summaries.
 
     q: for summaries; q_local (None: q), k_local: inside the window. kbar, vbar (B, nodes, K, D), entropy (B, nodes, K): the
-    levels one after the other. level_bias (H, levels), router_mix (H,) fp32. The n queries are the last of the text whose keys
+    levels one after the other. level_bias (H, levels) fp32. The n queries are the last of the text whose keys
     these are, from position `start` on, where a block begins.
     """
     shape = shape_of(q, k_local)
@@ -186,7 +186,7 @@ def opened_pass(
 ) -> tuple[Routes | None, list[Leaves]]:
     """Add what is opened, and the summaries that stay, to out and lse of `cover_pass`, whose arguments these are.
 
-    Returns what was opened, and if `keep` what the backward pass wants of every chunk.
+    router_mix (H,) fp32. Returns what was opened, and if `keep` what the backward pass wants of every chunk.
     """
     shape = shape_of(q, k)
     if not geometry.opens(start + shape.tokens):
