@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from classification import read_lines
 from long_text_report import report
-from variants import Variant, build, dense, lower_mix
+from variants import REACH, Variant, build, dense, lower_mix
 
 from longnet import DilatedPattern, HierarchicalPattern, LongNetForCausalLM
 from longnet.text import VOCAB_SIZE, encode
@@ -60,7 +60,7 @@ class Setting:
         named = [
             dense("dense", self.tree),
             Variant("hierarchical", self.tree),
-            Variant("hierarchical, heads alike", self.tree, far_bias=0.0),
+            Variant("hierarchical, heads of different reach", self.tree, far_bias=REACH),
             Variant("dilated", self.tree, DilatedPattern(segments, (1, 4, 16))),
             Variant("local", replace(self.tree, top_k=0), summaries=False),
             Variant("summaries", replace(self.tree, top_k=0)),

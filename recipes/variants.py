@@ -33,6 +33,8 @@ NEVER = -1e4
 TAPS = 0.5
 # Router mix: 1 while the router learns, lowered to this at the end of a training, which lets the right block outweigh the others.
 MIX = 0.5
+# `far_bias` of models whose heads begin with different reach.
+REACH = -6.0
 # One segment that no text outgrows: dense attention.
 EVERYTHING = 2**31
 
@@ -43,7 +45,7 @@ class Variant:
 
     turned: rotary positions (dilated and dense); summaries: False leaves of a tree only its window; mix_learned: the router
     mix follows its gradient, which always asks for less of it at once and so leaves the router untrained; far_bias: of
-    `LongNetConfig`, 0 lets all heads begin alike.
+    `LongNetConfig`, REACH lets heads begin with different reach.
     """
 
     name: str

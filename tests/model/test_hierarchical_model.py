@@ -166,7 +166,7 @@ def test_heads_begin_with_different_reach(tmp_path):
 def test_a_far_bias_leaves_the_window_alone_and_takes_weight_from_the_rest():
     """The share of the window in a new model's softmax, in the head without a bias and in the last one."""
     hidden = torch.randn(1, 200, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    network = model()
+    network = model(far_bias=-6.0)
     attention = network.model.layers[0].attention
     with torch.no_grad():
         attention.level_bias.copy_(attention.first_level_bias())

@@ -52,7 +52,8 @@ class LongNetConfig(PreTrainedConfig):
         hierarchical: fields of `HierarchicalPattern` for the hierarchical layers, as JSON.
         key_conv: width of the short convolution on the keys of hierarchical layers; 0 for none.
         far_bias: what the level biases of hierarchical layers are at first, in nats, spread evenly over the heads from 0 to
-            this: heads begin with different reach. 0: far text weighs as in dense attention, in every head.
+            this: heads begin with different reach. 0: far text weighs as in dense attention, in every head. -6 learns text
+            faster, and later what stands far apart (docs/hierarchical.md).
         attention_impl: None picks the best path; "triton", "strided" or "reference" obeys or
             raises.
 
@@ -89,7 +90,7 @@ class LongNetConfig(PreTrainedConfig):
     attention: str | list[str] = "dilated"
     hierarchical: dict[str, Any] | None = None
     key_conv: int = 4
-    far_bias: float | int = -6.0
+    far_bias: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._require_positive("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")

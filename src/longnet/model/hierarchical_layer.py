@@ -44,8 +44,8 @@ class LongNetHierarchicalAttention(LongNetProjections):
 
     Keys pass a short causal depthwise convolution, added to them, before the norm: k_t + sum_j c_j k_{t-j}. Rotary turns act
     inside the window only. Parameters of the attention itself, per key head or head: the prior query that pools (0: the
-    mean), a bias per level (from 0 in the first head to the configuration's `far_bias` in the last: like ALiBi's slopes it
-    lets heads begin with different reach), and beta, how far an opened block's mass is the router's score (1; clamped to
+    mean), a bias per level (0, or from 0 in the first head to the configuration's `far_bias` in the last, which like ALiBi's
+    slopes lets heads begin with different reach), and beta, how far an opened block's mass is the router's score (1; clamped to
     [0, 1]), which does not learn unless asked: its gradient would take away what the router learns by.
     """
 
