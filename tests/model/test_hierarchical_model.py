@@ -166,10 +166,9 @@ def test_heads_begin_with_different_reach(tmp_path):
 def test_a_far_bias_leaves_the_window_alone_and_takes_weight_from_the_rest():
     """The share of the window in a new model's softmax, in the head without a bias and in the last one."""
     hidden = torch.randn(1, 200, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    network = model(far_bias=-6.0)
-    attention = network.model.layers[0].attention
-    with torch.no_grad():
-        attention.level_bias.copy_(attention.first_level_bias())
+    attention = model().model.layers[0].attention
+    with torch.no_grad():  # which `model` drew anew
+        attention.level_bias.copy_(torch.linspace(0, -6, 4)[:, None].expand_as(attention.level_bias))
     angles = torch.zeros(1, 200, 1, 4, dtype=torch.float64)
     shares = []
     for seen in attention.attention_maps(hidden, (angles.cos(), angles.sin())):
@@ -206,6 +205,7 @@ def test_an_encoder_sees_both_directions():
         ({"key_conv": 100}, "key_conv"),
         ({"far_bias": float("nan")}, "far_bias"),
         ({"far_bias": True}, "far_bias"),
+        ({"far_bias": "far"}, "far_bias"),
         ({"hierarchical": {"blok": 3}}, "HierarchicalPattern"),
         ({"hierarchical": {"block": 0}}, "block"),
     ],

@@ -152,9 +152,10 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"expected key_conv, the width of the convolution on keys, in 0 .. 64; got {self.key_conv!r}"
             )
-        if isinstance(self.far_bias, bool) or not -math.inf < self.far_bias < math.inf:
+        bias = self.far_bias
+        if isinstance(bias, bool) or not isinstance(bias, float | int) or not math.isfinite(bias):
             raise ValueError(
-                f"expected far_bias, what the level biases begin with, to be finite; got {self.far_bias!r}"
+                f"expected far_bias, what the level biases begin with, to be a finite number; got {bias!r}"
             )
         self.hierarchical_pattern()
 

@@ -54,8 +54,7 @@ class LongNetHierarchicalAttention(LongNetProjections):
         self.pattern = config.hierarchical_pattern()
         self.impl: HierarchicalImpl | None = "reference" if config.attention_impl == "reference" else None
         self.prior_query = nn.Parameter(torch.zeros(self.key_heads, self.head_dim))
-        self.far_bias = config.far_bias
-        self.level_bias = nn.Parameter(self.first_level_bias())
+        self.level_bias = nn.Parameter(torch.zeros(self.heads, self.pattern.most_levels()))
         self.router_mix = nn.Parameter(torch.ones(self.heads), requires_grad=False)
         self.key_conv = nn.Parameter(torch.zeros(self.key_heads, self.head_dim, config.key_conv))
 
@@ -77,11 +76,6 @@ class LongNetHierarchicalAttention(LongNetProjections):
         with torch.autocast(v.device.type, enabled=False):
             out = self._attend(q, k, v, rotary, lengths, cache)
         return self.o_proj(out.flatten(2))
-
-    def first_level_bias(self) -> Tensor:
-        """(H, levels): what a new layer's level biases are."""
-        heads = torch.linspace(0, self.far_bias, self.heads)
-        return heads[:, None].repeat(1, self.pattern.most_levels())
 
     def beta(self) -> Tensor:
         """(H,): the router mix within [0, 1], which optimizers may leave by a step."""

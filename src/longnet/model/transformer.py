@@ -72,7 +72,8 @@ class LongNetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LongNetHierarchicalAttention):
             for weight in (module.prior_query, module.key_conv):
                 init.zeros_(weight)
-            init.copy_(module.level_bias, module.first_level_bias())
+            heads = torch.linspace(0, self.config.far_bias, module.heads)
+            init.copy_(module.level_bias, heads[:, None].expand_as(module.level_bias))
             init.ones_(module.router_mix)
         else:
             super()._init_weights(module)
